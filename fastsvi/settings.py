@@ -1,0 +1,81 @@
+"""Settings of the process, read through functions so that nobody holds a stale copy.
+
+There are few on purpose. ``validate`` says how often models, guides and the arguments and values
+of distributions are checked. A check reads a tensor back to the host, so on every step it would
+cost more than the step:
+
+``"first"`` (default)
+    the first step of each :class:`~fastsvi.infer.SVI` is checked in full; later steps are checked
+    only through their loss. A loss that is not finite is traced back to the first site at fault.
+``"always"``
+    every step, as ``pyro.enable_validation(True)`` asks for.
+``"never"``
+    not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from fastsvi.errors import FastSVIError
+
+Validate = Literal["first", "always", "never"]
+
+
+class SettingError(FastSVIError, ValueError):
+    """An unknown setting, or a value that a setting does not take."""
+
+
+@dataclass
+class _Settings:
+    validate: Validate = "first"
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {"validate": ("first", "always", "never")}
+_current = _Settings()
+
+
+def get(name: str | None = None) -> Any:
+    """Value of setting ``name``, or a dict of all settings.
+
+    >>> get("validate")
+    'first'
+    """
+    if name is None:
+        return {field.name: getattr(_current, field.name) for field in fields(_current)}
+    _require_known(name)
+    return getattr(_current, name)
+
+
+def set(**values: Any) -> None:
+    """Set one or more settings; on a bad name or value none is changed."""
+    for name, value in values.items():
+        _require_known(name)
+        if value not in _CHOICES[name]:
+            raise SettingError(f"setting {name!r} takes one of {_CHOICES[name]}, found {value!r}")
+    for name, value in values.items():
+        setattr(_current, name, value)
+
+
+@contextmanager
+def context(**values: Any) -> Iterator[None]:
+    """Set settings for the length of a ``with`` block.
+
+    >>> with context(validate="always"):
+    ...     get("validate")
+    'always'
+    """
+    before = get()
+    set(**values)
+    try:
+        yield
+    finally:
+        set(**before)
+
+
+def _require_known(name: str) -> None:
+    if name not in _CHOICES:
+        raise SettingError(f"unknown setting {name!r}; the known ones are {sorted(_CHOICES)}")

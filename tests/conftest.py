@@ -1,0 +1,24 @@
+"""Fixtures for every test: a clean default store, and seeds that never depend on the test order."""
+
+from __future__ import annotations
+
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def clean_state():
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (the legacy generator is what Pyro programs draw from)
+    torch.manual_seed(0)
+    for library in ("fastsvi", "pyro"):
+        if library in sys.modules and hasattr(sys.modules[library], "clear_param_store"):
+            sys.modules[library].clear_param_store()
+    yield
+    for library in ("fastsvi", "pyro"):
+        if library in sys.modules and hasattr(sys.modules[library], "clear_param_store"):
+            sys.modules[library].clear_param_store()
