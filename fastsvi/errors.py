@@ -59,6 +59,10 @@ class CheckpointError(FastSVIError, RuntimeError):
     """A checkpoint or store file is truncated, unsafe, or of another format."""
 
 
+class CaptureError(FastSVIError, RuntimeError):
+    """A step cannot be recorded as a graph; the message names the statement at fault."""
+
+
 class KernelError(FastSVIError, ValueError):
     """A kernel was called with arguments it cannot serve, or its back end is not available."""
 

@@ -1,0 +1,1 @@
+"""Recorded steps as native loops: a CPU back end that is ready within a second."""

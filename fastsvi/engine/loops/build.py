@@ -1,0 +1,100 @@
+"""Compile generated C++ with the system's compiler, once per source: a cache on disk keeps it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from fastsvi.errors import CaptureError
+
+# -ffast-math lets loops over exp and log use the vector math library, and sums be reordered. It
+# is kept from assuming that NaN and infinities do not occur, and stays away from the linker,
+# where it would switch off denormal numbers for the whole process.
+_COMPILE = ["-O3", "-march=native", "-fopenmp-simd", "-ffast-math"]
+_COMPILE += ["-fno-finite-math-only", "-D__FAST_MATH__", "-std=c++17", "-fPIC", "-c"]
+_LINK = ["-shared"]
+
+
+@lru_cache(maxsize=1)
+def compiler() -> str | None:
+    """Path of the C++ compiler: ``$CXX``, ``g++`` or ``clang++``; None if there is none."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and shutil.which(name):
+            return shutil.which(name)
+    return None
+
+
+def cache_folder() -> Path:
+    """Where compiled steps are kept: ``$FASTSVI_CACHE``, or below the user's cache folder."""
+    own = os.environ.get("FASTSVI_CACHE")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fastsvi"
+
+
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    """What -march=native depends on, and the compiler's version."""
+    path = compiler()
+    version = ""
+    if path is not None:
+        version = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    flags = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), flags)
+    return version + flags
+
+
+def library_path(source: str) -> Path:
+    """Where the compiled form of ``source`` lies, or will lie."""
+    text = "\0".join([source, _machine(), *_COMPILE, *_LINK])
+    return cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.so"
+
+
+def compile_source(source: str) -> Path:
+    """Compile ``source`` to a shared library and return its path; at once if it is cached.
+
+    Raises:
+        CaptureError: there is no compiler, or it fails.
+    """
+    target = library_path(source)
+    if target.exists():
+        return target
+    path = compiler()
+    if path is None:
+        raise CaptureError(
+            "no C++ compiler was found ($CXX, g++, clang++), which native loops on a CPU need; "
+            "install one, or use compile=False"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        work = Path(folder)
+        (work / "step.cpp").write_text(source)
+        for command in (
+            [path, *_COMPILE, "step.cpp", "-o", "step.o"],
+            [path, *_LINK, "step.o", "-o", "step.so"],
+        ):
+            done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+            if done.returncode:
+                raise CaptureError(
+                    f"the C++ compiler {path} failed on a captured step:\n{done.stderr[:2000]}"
+                )
+        os.replace(work / "step.so", target)
+    return target
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The compiled library, with its one function declared."""
+    library = ctypes.CDLL(str(path))
+    library.run.restype = ctypes.c_int64
+    return library

@@ -1,0 +1,224 @@
+"""Record a pure function of tensors as a flat list of ATen operations.
+
+The function runs once, on real tensors. A dispatch mode below autograd and ``vmap`` notes every
+operation that reaches it, forward, backward and update alike. What depends on constants only has
+been computed by that run, so constants are folded and equal operations merged at no cost.
+
+This is what ``make_fx`` does, less the symbolic shapes: importing those takes longer than the whole
+fit of a small model.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from fastsvi.engine.decompose import decompositions
+from fastsvi.errors import CaptureError
+
+aten = torch.ops.aten
+
+
+@dataclass(eq=False)
+class Node:
+    """One operation, input or constant, and the tensor that it was in the recorded run."""
+
+    op: Any  # an OpOverload, "input", "constant", or ("item", OpOverload, position)
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    value: Tensor
+    users: int = 0
+    where: str = ""  # the statement of the user that made it
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.value.dtype
+
+    @property
+    def is_constant(self) -> bool:
+        return self.op == "constant"
+
+    @property
+    def name(self) -> str:
+        """Name of the operation without its overload, such as ``add``."""
+        if isinstance(self.op, str):
+            return self.op
+        op = self.op[1] if isinstance(self.op, tuple) else self.op
+        return op._schema.name.partition("::")[2]
+
+
+@dataclass
+class Graph:
+    """A recorded function: ``outputs`` as operations of ``inputs`` and constants, in order."""
+
+    inputs: list[Node]
+    nodes: list[Node]
+    outputs: list[Node]
+
+
+# Reading these from a tensor that depends on the inputs makes Python depend on data.
+_READS = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default)
+
+
+class _Recorder(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True would import Dynamo, a second or more, only to tell it to keep away.
+        return False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: list[Node] = []
+        self._node_of: dict[int, Node] = {}
+        self._alive: list[Tensor] = []  # an id names its tensor only while the tensor lives
+        self._seen: dict[Any, Node] = {}
+        self._table = decompositions()
+
+    def input(self, tensor: Tensor) -> Node:
+        return self._bind(tensor, Node("input", (), {}, tensor))
+
+    def node_of(self, tensor: Tensor) -> Node:
+        node = self._node_of.get(id(tensor))
+        if node is None:
+            node = self._bind(tensor, Node("constant", (), {}, tensor.detach()))
+        return node
+
+    def _bind(self, tensor: Tensor, node: Node) -> Node:
+        self._node_of[id(tensor)] = node
+        self._alive.append(tensor)
+        return node
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        decomposition = self._table.get(func)
+        if decomposition is not None:
+            with self:
+                result = decomposition(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if func._can_decompose():  # below autograd, where composite operations arrive whole
+            with self:
+                return func.decompose(*args, **kwargs)
+        inputs = [self.node_of(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        varies = any(not node.is_constant for node in inputs)
+        if varies and func in _READS:
+            raise CaptureError(
+                f"{statement()} reads a tensor back to Python ({func}), so what follows depends on "
+                "data; use torch.where instead of `if`, and keep values as tensors"
+            )
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise CaptureError(
+                f"{statement()} draws from torch's generator ({func}), which a captured step "
+                "cannot replay"
+            )
+        if func._schema.is_mutable:
+            return self._in_place(func, args, kwargs, varies)
+        out = func(*args, **kwargs)
+        if not varies:
+            return out  # becomes a constant if it is used
+        if isinstance(out, Tensor):
+            self._bind(out, self._make(func, args, kwargs, out))
+        else:
+            for position, item in enumerate(out):
+                if isinstance(item, Tensor):
+                    op = ("item", func, position)
+                    self._bind(item, self._make(op, args, kwargs, item))
+        return out
+
+    def _in_place(self, func: Any, args: Any, kwargs: Any, varies: bool) -> Any:
+        target, name = args[0], func._schema.name.partition("::")[2]
+        known = not self.node_of(target).is_constant
+        if not varies and not known:
+            return func(*args, **kwargs)
+        # `x.add_(y)` is `x = x.add(y)` as long as nobody else looks at x.
+        twin = getattr(aten, name[:-1], None) if name.endswith("_") else None
+        twin = None if name == "copy_" else twin
+        if target._base is not None or (twin is None and name != "copy_"):
+            raise CaptureError(
+                f"{statement()} changes a tensor in place ({func}); write it as a new tensor"
+            )
+        with self:
+            if twin is None:
+                result = args[1].expand(target.shape).to(target.dtype)
+            else:
+                result = getattr(twin, func._overloadname)(*args, **kwargs)
+        node = self.node_of(result)
+        out = func(*args, **kwargs)
+        self._bind(target, node)
+        return out
+
+    def _make(self, op: Any, args: Any, kwargs: Any, value: Tensor) -> Node:
+        args, kwargs = tree_map_only(Tensor, self.node_of, (args, kwargs))
+        key = (op, _identity(args), _identity(sorted(kwargs.items())))
+        node = self._seen.get(key)
+        if node is None:
+            node = Node(op, args, kwargs, value.detach(), where=statement())
+            self._seen[key] = node
+            self.nodes.append(node)
+        return node
+
+
+def _identity(value: Any) -> Any:
+    """A hashable stand-in for an argument, equal only for arguments that mean the same."""
+    if isinstance(value, list | tuple):
+        return tuple(_identity(x) for x in value)
+    return id(value) if isinstance(value, Node) else (type(value), repr(value))
+
+
+def statement() -> str:
+    """The innermost statement outside of torch and fastsvi, as ``file:line: source``."""
+    for frame in reversed(traceback.extract_stack()):
+        path = frame.filename.replace("\\", "/")
+        if not any(part in path for part in ("/torch/", "/fastsvi/", "/kernels/", "<frozen")):
+            return f"{path}:{frame.lineno}: `{frame.line}`"
+    return "the step"
+
+
+def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
+    """Run ``function(*inputs)`` once and return what it did as a :class:`Graph`.
+
+    Raises:
+        CaptureError: the function reads a tensor back to Python, changes a tensor in place that
+            it did not make, or draws from torch's generator. The message names the statement.
+
+    >>> graph = record(lambda x, y: [(x * y).sum()], [torch.ones(3), torch.ones(3)])
+    >>> [node.name for node in graph.nodes]
+    ['mul', 'sum']
+    """
+    recorder = _Recorder()
+    nodes = [recorder.input(tensor) for tensor in inputs]
+    with recorder:
+        outputs = [recorder.node_of(tensor) for tensor in function(*inputs)]
+    return _live(Graph(nodes, recorder.nodes, outputs))
+
+
+def _live(graph: Graph) -> Graph:
+    """Drop the nodes that no output needs, and count the users of the others."""
+    live: set[int] = set()
+    pending = list(graph.outputs)
+    while pending:
+        node = pending.pop()
+        node.users += 1
+        if id(node) not in live:
+            live.add(id(node))
+            pending += operands(node)
+    graph.nodes = [node for node in graph.nodes if id(node) in live]
+    return graph
+
+
+def operands(node: Node) -> list[Node]:
+    """Nodes among the arguments of ``node``."""
+    return [x for x in tree_flatten((node.args, node.kwargs))[0] if isinstance(x, Node)]
