@@ -1,6 +1,8 @@
 """Settings of the process, read through functions so that nobody holds a stale copy.
 
-There are few on purpose. ``validate`` says how often models, guides and the arguments and values
+There are few on purpose. ``module_local_params`` says whether the parameters of a
+:class:`~fastsvi.nn.PyroModule` belong to the module alone (True), or to the default store as well
+(False, the default). ``validate`` says how often models, guides and the arguments and values
 of distributions are checked. A check reads a tensor back to the host, so on every step it would
 cost more than the step:
 
@@ -31,10 +33,14 @@ class SettingError(FastSVIError, ValueError):
 
 @dataclass
 class _Settings:
+    module_local_params: bool = False
     validate: Validate = "first"
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {"validate": ("first", "always", "never")}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "module_local_params": (False, True),
+    "validate": ("first", "always", "never"),
+}
 _current = _Settings()
 
 

@@ -28,6 +28,7 @@ FLOORS = [
     "nn",
     "optim",
     "infer",
+    "",  # the public face, `import fastsvi as pyro`
     "contrib",
     "interop",
     "examples",

@@ -96,10 +96,6 @@ def _lerp(a: Tensor, b: Tensor, weight: Any) -> Tensor:
     return a + (b - a) * weight
 
 
-def _xlogy(x: Tensor, y: Tensor) -> Tensor:
-    return torch.where(torch.isnan(y), y, torch.where(x == 0, 0.0, x * y.log()))
-
-
 def _embedding(weight: Tensor, indices: Tensor, *options: Any) -> Tensor:
     return aten.index.Tensor(weight, [indices])
 
@@ -168,7 +164,6 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.addcdiv.default: _addcdiv,
     aten.lerp.Scalar: _lerp,
     aten.lerp.Tensor: _lerp,
-    aten.xlogy.Tensor: _xlogy,
     aten.embedding.default: _embedding,
     aten.select_backward.default: _select_backward,
     aten.slice_backward.default: _slice_backward,

@@ -88,6 +88,9 @@ class _Recorder(TorchDispatchMode):
     def input(self, tensor: Tensor) -> Node:
         return self._bind(tensor, Node("input", (), {}, tensor))
 
+    def alias(self, tensor: Tensor, part: Tensor) -> None:
+        self._bind(tensor, self.node_of(part))
+
     def node_of(self, tensor: Tensor) -> Node:
         node = self._node_of.get(id(tensor))
         if node is None:
@@ -187,8 +190,19 @@ def statement() -> str:
     return "the step"
 
 
-def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
+Aliases = Sequence[tuple[Tensor, Callable[..., Tensor]]]
+
+
+def record(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], aliases: Aliases = ()
+) -> Graph:
     """Run ``function(*inputs)`` once and return what it did as a :class:`Graph`.
+
+    Args:
+        function: pure; what it reads besides its arguments is taken for constant.
+        inputs: its arguments.
+        aliases: tensors that are parts of the inputs though nothing tells so, such as parameters
+            that live in a flat buffer: each with the function of the inputs that it is.
 
     Raises:
         CaptureError: the function reads a tensor back to Python, changes a tensor in place that
@@ -200,6 +214,9 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) 
     """
     recorder = _Recorder()
     nodes = [recorder.input(tensor) for tensor in inputs]
+    with recorder, torch.no_grad():
+        for tensor, part in aliases:
+            recorder.alias(tensor, part(*inputs))
     with recorder:
         outputs = [recorder.node_of(tensor) for tensor in function(*inputs)]
     return _live(Graph(nodes, recorder.nodes, outputs))

@@ -9,11 +9,19 @@ import torch
 from torch.func import vmap
 from torch.nn import functional
 
-from fastsvi.engine.native import NativeStep
+from fastsvi.engine import native
 from fastsvi.engine.noise_op import normal_noise
 from fastsvi.engine.record import record
 from fastsvi.errors import CaptureError
 from fastsvi.kernels import philox
+
+
+class NativeStep(native.NativeStep):
+    """Of steps that never halt."""
+
+    def __init__(self, step, state, inputs=()):
+        never = torch.zeros((), dtype=torch.bool)
+        super().__init__(lambda *tensors: (*step(*tensors), never), state, inputs)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,6 +65,11 @@ FUNCTIONS = {
     "mean": lambda x: (x * x).mean(),
     "mean over an axis": lambda x: x.view(3, 4).mean(0).exp().sum(),
     "sum over each axis": lambda x: (x.view(3, 4).sum(0).sum() * x.view(3, 4).sum(1)).sum(),
+    "cumsum": lambda x: (x.view(3, 4).cumsum(1) * x.view(3, 4).cumsum(0)).exp().sum(),
+    "any, all": lambda x: torch.where((x.view(3, 4) > 0.5).any(1, keepdim=True), x.view(3, 4), 1.0)
+    .square()
+    .sum()
+    * (x > -2).all(),
     "amax": lambda x: x.view(3, 4).amax(1).exp().sum(),
     "logsumexp": lambda x: x.view(3, 4).logsumexp(-1).sum(),
     "softmax": lambda x: (x.view(3, 4).softmax(-1)[:, 0]).log().sum(),
@@ -130,8 +143,8 @@ def test_shapes(shape):
         return x * 0.5 + total.log1p(), (x * total).sum()
 
     new, loss = step(x)
-    native = NativeStep(step, [x])
-    (got,) = native.run(1)
+    compiled = NativeStep(step, [x])
+    (got,) = compiled.run(1)
     torch.testing.assert_close(x, new, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(got, loss, rtol=1e-13, atol=1e-13)
 
@@ -159,11 +172,26 @@ def test_noise_is_that_of_the_reference(particles, elements, dtype):
 
 def test_state_is_advanced_in_place_and_a_stop_is_heeded():
     total, count = torch.zeros(3), torch.zeros((), dtype=torch.int64)
-    native = NativeStep(lambda t, n: (t + n, n + 1, t.sum() + n), [total, count])
-    assert native.run(5).tolist() == [0, 1, 5, 12, 22]
+    compiled = NativeStep(lambda t, n: (t + n, n + 1, t.sum() + n), [total, count])
+    assert compiled.run(5).tolist() == [0, 1, 5, 12, 22]
     assert total.tolist() == [10, 10, 10]
     assert count == 5
-    assert len(native.run(5, stop=ctypes.c_int(1))) == 0
+    assert len(compiled.run(5, stop=ctypes.c_int(1))) == 0
+    other = [torch.ones(3), torch.tensor(2)]
+    assert compiled.run(1, state=other).tolist() == [5]
+    assert other[1] == 3
+    assert count == 5
+
+
+def test_a_step_may_halt_the_run():
+    def step(x):
+        stuck = x.sum() > 5
+        return torch.where(stuck, x, x + 1), x.sum(), stuck
+
+    x = torch.zeros(2)
+    halting = native.NativeStep(step, [x])
+    assert halting.run(10).tolist() == [0, 2, 4]
+    assert x.tolist() == [3, 3]
 
 
 def test_a_shifted_state_is_not_overwritten_while_it_is_read():
@@ -174,10 +202,10 @@ def test_a_shifted_state_is_not_overwritten_while_it_is_read():
 
 def test_closed_over_data_is_read_where_it_lies():
     data, x = torch.ones(3), torch.zeros(3)
-    native = NativeStep(lambda x: (x + data, x.sum()), [x])
-    native.run(1)
+    compiled = NativeStep(lambda x: (x + data, x.sum()), [x])
+    compiled.run(1)
     data.fill_(10)
-    native.run(1)
+    compiled.run(1)
     assert x.tolist() == [11, 11, 11]
 
 
@@ -247,9 +275,9 @@ def test_a_missing_compiler_is_named(monkeypatch):
     from fastsvi.engine.loops import build
 
     monkeypatch.setattr(build, "compiler", lambda: None)
-    native = NativeStep(lambda x: (x + 41.5, x.sum()), [torch.ones(2)])
+    compiled = NativeStep(lambda x: (x + 41.5, x.sum()), [torch.ones(2)])
     with pytest.raises(CaptureError, match=r"no C\+\+ compiler"):
-        native.run(1)
+        compiled.run(1)
 
 
 def test_the_compiled_form_is_found_again():

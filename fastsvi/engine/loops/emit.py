@@ -12,7 +12,6 @@ from fastsvi.engine.loops.schedule import Nest, Schedule
 _BLOCK = 256
 ALIGNMENT = 64
 
-_START = {"+": "0", "max": "-INFINITY", "min": "INFINITY"}
 _JOIN = {"+": "{0} + {1}", "max": "larger({0}, {1})", "min": "smaller({0}, {1})"}
 
 
@@ -21,7 +20,8 @@ def emit(program: Program, plan: Schedule, num_state: int) -> tuple[str, int]:
 
     ``run(inputs, constants, arena, losses, steps, stop)`` makes ``steps`` steps: each replaces the
     first ``num_state`` inputs by the outputs of the same position and appends the next output to
-    ``losses``. It looks at ``*stop`` between steps and returns the steps made.
+    ``losses``. It looks at ``*stop`` before each step, and a step whose last output is true is the
+    last and does not count. Returns the number of steps made.
     """
     lines = [
         PRELUDE,
@@ -51,7 +51,8 @@ def emit(program: Program, plan: Schedule, num_state: int) -> tuple[str, int]:
     lines.append(
         f"std::copy_n({loss.name}, {loss.size}, ({loss.ctype}*)losses + step * {loss.size});"
     )
-    lines += ["}", "return steps;", "}", ""]
+    halt = program.outputs[num_state + 1]
+    lines += [f"if ({halt.name}[0]) return step;", "}", "return steps;", "}", ""]
     return "\n".join(lines), offset
 
 
@@ -85,7 +86,7 @@ def _nest(nest: Nest, plan: Schedule) -> list[str]:
         else:
             stores.append(f"{target} = {_JOIN[statement.combine].format(target, value.text)};")
         if statement.fresh and not (in_register and gone == {inner}):
-            start = f"({statement.array.ctype}){_START[statement.combine]}"
+            start = _start(statement)
             fills.append(f"std::fill_n({name}, {statement.array.size}, {start});")
     depth = {axis: position for position, axis in enumerate(order)}
     at: list[list[str]] = [[] for _ in range(len(order) + 1)]
@@ -99,6 +100,18 @@ def _nest(nest: Nest, plan: Schedule) -> list[str]:
     else:
         lines += _innermost(inner, at[-1] + stores, sums, scattered=first.scattered)
     return lines + ["}"] * (len(order[:-1]) + 1)
+
+
+def _start(statement: Statement) -> str:
+    """What an accumulation starts from."""
+    kind = statement.array.ctype
+    if statement.combine == "+":
+        return f"({kind})0"
+    sign = "-" if statement.combine == "max" else ""
+    if statement.array.dtype.is_floating_point:
+        return f"({kind}){sign}INFINITY"
+    limit = "lowest" if statement.combine == "max" else "max"
+    return f"std::numeric_limits<{kind}>::{limit}()"
 
 
 def _loop(axis: Axis, start: str = "0", end: str | None = None) -> str:
@@ -116,7 +129,7 @@ def _innermost(
     pragma, before, after = "#pragma omp simd", [], []
     for k, (statement, value, target, complete) in enumerate(sums):
         kind, combine = statement.array.ctype, statement.combine or "+"
-        before.append(f"{kind} sum{k} = {_START[combine]};")
+        before.append(f"{kind} sum{k} = {_start(statement)};")
         body = [*body, f"sum{k} = {_JOIN[combine].format(f'sum{k}', value.text)};"]
         if combine == "+":
             pragma += f" reduction(+:sum{k})"

@@ -174,6 +174,33 @@ class Program:
     def _lower_amin(self, node: Node, x: Value, dims: Any = None, keepdim: bool = False) -> Value:
         return self._reduce(x, dims, keepdim, "min", node.dtype)
 
+    def _lower_any(self, node: Node, x: Value, dims: Any = None, keepdim: bool = False) -> Value:
+        true = pointwise.lower("ne", torch.bool, [x, 0], {})
+        number = pointwise.converted(true, torch.int32)
+        largest = self._reduce(number, dims, keepdim, "max", torch.int32)
+        return pointwise.lower("gt", torch.bool, [largest, 0], {})
+
+    def _lower_all(self, node: Node, x: Value, dims: Any = None, keepdim: bool = False) -> Value:
+        false = pointwise.lower("eq", torch.bool, [x, 0], {})
+        some_false = self._lower_any(node, false, dims, keepdim)
+        return pointwise.lower("logical_not", torch.bool, [some_false], {})
+
+    def _lower_cumsum(self, node: Node, x: Value, dim: int, dtype: Any = None) -> Value:
+        """As a sum with a mask: quadratic in the length, but parallel; meant for short axes."""
+        if not x.shape:
+            return x
+        dim %= len(x.shape)
+        terms = views.unsqueeze(self.store(x), dim)  # [..., 1, n, ...]
+        full = (*x.shape[:dim], x.shape[dim], *x.shape[dim:])
+
+        def load(indices: Indices, body: Body) -> Expr:
+            row, column = indices[dim], indices[dim + 1]
+            term = views.broadcast(terms, full).load(indices, body)
+            text = f"({column.text} <= {row.text}) ? {term.text} : 0"
+            return body.local(CTYPES[x.dtype], text, term.axes | row.axes | column.axes)
+
+        return self._reduce(Value(full, x.dtype, load, 2), dim + 1, False, "+", node.dtype)
+
     # ---- products
 
     def _product(self, node: Node, a: Value, b: Value, left: str, right: str, out: str) -> Value:

@@ -53,6 +53,8 @@ BINARY = {
     "minimum": ("smaller({0}, {1})", 1),
     "atan2": ("std::atan2({0}, {1})", 20),
     "fmod": ("std::fmod({0}, {1})", 10),
+    "xlogy": ("({0} == 0 && {1} == {1} ? 0 : {0} * std::log({1}))", 12),
+    "special_xlog1py": ("({0} == 0 && {1} == {1} ? 0 : {0} * std::log1p({1}))", 16),
     "bitwise_xor": ("({0} ^ {1})", 1),
 }
 COMPARISONS = {

@@ -4,6 +4,7 @@ PRELUDE = r"""
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #define INLINE static inline __attribute__((always_inline))
 
