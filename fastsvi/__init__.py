@@ -92,6 +92,7 @@ _LAZY = {
     "nn",
     "optim",
     "params",
+    "util",
 }
 
 

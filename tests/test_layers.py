@@ -25,6 +25,7 @@ FLOORS = [
     "engine",
     "poutine",
     "primitives",
+    "util",
     "nn",
     "optim",
     "infer",

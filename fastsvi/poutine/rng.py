@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from fastsvi.engine.noise import forget_seeds
+
 
 def set_rng_seed(rng_seed: int) -> None:
-    """Seed torch (all devices), numpy and ``random``.
+    """Seed torch (all devices), numpy and ``random``; fits under way draw their noise anew.
 
     >>> set_rng_seed(0); a = torch.rand(())
     >>> set_rng_seed(0); bool(torch.rand(()) == a)
@@ -20,6 +22,7 @@ def set_rng_seed(rng_seed: int) -> None:
     torch.manual_seed(rng_seed)
     random.seed(rng_seed)
     np.random.seed(rng_seed % 2**32)  # noqa: NPY002 - numpy's global generator takes 32 bits
+    forget_seeds()
 
 
 def get_rng_state() -> dict[str, Any]:
