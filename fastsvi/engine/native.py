@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastsvi.engine.loops import build
+from fastsvi.engine.loops import build, products
 from fastsvi.engine.loops.emit import ALIGNMENT, emit
 from fastsvi.engine.loops.lower import Program
 from fastsvi.engine.loops.schedule import schedule
@@ -121,6 +121,7 @@ class NativeStep:
             ctypes.c_void_p(losses.data_ptr()),
             ctypes.c_int64(num_steps),
             ctypes.byref(stop if stop is not None else ctypes.c_int(0)),
+            products.pointers(),
         )
         torch.autograd.graph.increment_version(own)
         return losses[:done]

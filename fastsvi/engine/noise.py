@@ -66,8 +66,8 @@ class NoiseStream:
     """The noise of one stream, step after step.
 
     On the CPU the noise of many steps is drawn at once, because eager Philox costs some 160 small
-    operations per call, whatever the size; on a GPU the sampling kernel draws it from key and origin.
-    The numbers are the same.
+    operations per call, whatever the size; on a GPU the sampling kernel draws it from key and
+    origin. The numbers are the same.
 
     Args:
         seed: of the fit.
@@ -85,6 +85,10 @@ class NoiseStream:
         self.stream = stream
         self.step = step
         self._shape: tuple[int, int, torch.dtype, torch.device] | None = None
+        self._key: Tensor
+        self._origin: Tensor
+        self._one_step: Tensor  # on a GPU
+        self._block: philox.NoiseBlock  # on the CPU
 
     def next(
         self, num_particles: int, num_elements: int, dtype: torch.dtype, device: torch.device

@@ -48,6 +48,12 @@ index = torch.tensor([0, 2, 2, 1, 0, -1])
 matrix = torch.linspace(-1, 1, 35).reshape(7, 5)
 positive = torch.linspace(0.1, 3, 12)
 
+
+def large(x, rows, columns):
+    """A matrix so large that its products are left to BLAS."""
+    return torch.linspace(-1, 1, rows * columns).reshape(rows, columns).to(x)
+
+
 FUNCTIONS = {
     "exp": lambda x: x.exp().sum(),
     "log, sqrt": lambda x: ((x * x + 1).log() + (x * x + 2).sqrt()).sum(),
@@ -66,10 +72,10 @@ FUNCTIONS = {
     "mean over an axis": lambda x: x.view(3, 4).mean(0).exp().sum(),
     "sum over each axis": lambda x: (x.view(3, 4).sum(0).sum() * x.view(3, 4).sum(1)).sum(),
     "cumsum": lambda x: (x.view(3, 4).cumsum(1) * x.view(3, 4).cumsum(0)).exp().sum(),
-    "any, all": lambda x: torch.where((x.view(3, 4) > 0.5).any(1, keepdim=True), x.view(3, 4), 1.0)
-    .square()
-    .sum()
-    * (x > -2).all(),
+    "any, all": lambda x: (
+        torch.where((x.view(3, 4) > 0.5).any(1, keepdim=True), x.view(3, 4), 1.0).square().sum()
+        * (x > -2).all()
+    ),
     "amax": lambda x: x.view(3, 4).amax(1).exp().sum(),
     "logsumexp": lambda x: x.view(3, 4).logsumexp(-1).sum(),
     "softmax": lambda x: (x.view(3, 4).softmax(-1)[:, 0]).log().sum(),
@@ -86,6 +92,22 @@ FUNCTIONS = {
     "mv": lambda x: (matrix.to(x) @ x[:5]).exp().sum(),
     "mm": lambda x: (matrix[:, :3].to(x) @ x.view(3, 4)).tanh().sum(),
     "bmm": lambda x: torch.bmm(x.view(2, 3, 2), x.view(2, 2, 3)).sin().sum(),
+    "large mv": lambda x: (large(x, 70, 12) @ x).tanh().sum() + (x @ large(x, 12, 500)).sin().sum(),
+    "large mm": lambda x: (large(x, 40, 4) @ x.view(3, 4).t() @ large(x, 3, 50)).tanh().sum(),
+    "large mm of views": lambda x: (
+        (large(x, 4, 40).t() @ x.view(4, 3) @ large(x, 50, 3).t()).tanh().sum()
+    ),
+    "large bmm": lambda x: (
+        torch.bmm(
+            (x.view(2, 3, 2) * large(x, 40, 1)[:, :, None, None]).reshape(-1, 3, 2),
+            large(x, 80, 60).view(80, 2, 30),
+        )
+        .sin()
+        .sum()
+    ),
+    "large mv of many": lambda x: vmap(lambda row: (large(x, 900, 4) @ row).exp().sum())(
+        x.view(3, 4)
+    ).sum(),
     "linear": lambda x: functional.linear(matrix[:, :4].to(x), x.view(3, 4), x[:3]).tanh().sum(),
     "vmap": lambda x: vmap(lambda row: (row[1:] * row[0].exp()).sum().log1p())(
         x.view(3, 4) ** 2

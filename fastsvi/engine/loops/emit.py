@@ -18,7 +18,7 @@ _JOIN = {"+": "{0} + {1}", "max": "larger({0}, {1})", "min": "smaller({0}, {1})"
 def emit(program: Program, plan: Schedule, num_state: int) -> tuple[str, int]:
     """C++ of the whole program, and the bytes of working memory that it needs.
 
-    ``run(inputs, constants, arena, losses, steps, stop)`` makes ``steps`` steps: each replaces the
+    ``run(inputs, constants, arena, losses, steps, stop, blas)`` makes ``steps`` steps: each replaces the
     first ``num_state`` inputs by the outputs of the same position and appends the next output to
     ``losses``. It looks at ``*stop`` before each step, and a step whose last output is true is the
     last and does not count. Returns the number of steps made.
@@ -26,7 +26,7 @@ def emit(program: Program, plan: Schedule, num_state: int) -> tuple[str, int]:
     lines = [
         PRELUDE,
         'extern "C" int64_t run(void** inputs, const void** constants, char* arena, void* losses,',
-        "                       int64_t steps, const volatile int* stop) {",
+        "                       int64_t steps, const volatile int* stop, void** blas) {",
     ]
     for position, array in enumerate(program.inputs):
         lines.append(_pointer(array, f"inputs[{position}]"))
@@ -64,7 +64,7 @@ def _pointer(array: Array, source: str, qualifier: str = "") -> str:
 def _nest(nest: Nest, plan: Schedule) -> list[str]:
     first = nest.statements[0]
     if first.call is not None:
-        return [first.call]
+        return [first.call()]
     order = nest.order
     inner = order[-1] if order else None
     body, stores, sums = Body(), [], []

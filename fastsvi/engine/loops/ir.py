@@ -128,7 +128,7 @@ class Statement:
     combine: str | None = None
     scattered: bool = False  # stores of two iterations may meet: run in order
     fresh: bool = True  # an accumulation that starts anew, and not from what the array holds
-    call: str | None = None  # a line of C++ instead of loops
+    call: Callable[[], str] | None = None  # C++ instead of loops, once the arrays are laid out
     loads: dict[Array, set[Indices]] = field(default_factory=dict)
     work: float = 0.0  # rough operations of one iteration
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastsvi.engine.loops import pointwise, views
+from fastsvi.engine.loops import pointwise, products, views
 from fastsvi.engine.loops.index import ZERO, Index, Opaque
 from fastsvi.engine.loops.ir import (
     CTYPES,
@@ -205,9 +205,11 @@ class Program:
 
     def _product(self, node: Node, a: Value, b: Value, left: str, right: str, out: str) -> Value:
         """Sum of products in index notation, such as ``mk, kn -> mn``."""
+        extent = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
+        if math.prod(extent.values()) >= products.WORTH_A_CALL and a.dtype in products.ROUTINES:
+            return self._call_blas(node, a, b, extent.get("b", 1))
         a = a if a.cost == 0 else self.store(a)
         b = b if b.cost == 0 else self.store(b)
-        extent = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
         letters = out + "".join(x for x in left if x not in out)
         moving = [x for x in letters if extent[x] != 1]
         array = self._array(node.shape, node.dtype)
@@ -226,6 +228,26 @@ class Program:
         combine = "+" if reduced else None
         self._add(Statement(array, domain, value, store, reduced, combine))
         return of_array(array)
+
+    def _call_blas(self, node: Node, a: Value, b: Value, batch: int) -> Value:
+        factors = [x if products.is_plain(x) else self._copy(x) for x in (a, b)]
+        if len(a.shape) == 3:
+            factors = [x if products.has_rows(x) else self._copy(x) for x in factors]
+            for factor in factors:
+                source = products.source(factor)[0]
+                source.order = source.order or tuple(range(len(source.shape)))
+        array = self._array(node.shape, node.dtype)
+        array.order = tuple(range(len(node.shape)))
+        call = products.call(array, factors[0], factors[1], batch)
+        statement = Statement(array, (), _nothing, lambda i: i, call=call)
+        for factor in factors:
+            statement.loads[products.source(factor)[0]] = set()
+        self.statements.append(statement)
+        return of_array(array)
+
+    def _copy(self, x: Value) -> Value:
+        """``x`` in an array of its own shape, even if it is a view of another."""
+        return self.store(Value(x.shape, x.dtype, x.load, max(1, x.cost)))
 
     def _lower_mm(self, node: Node, a: Value, b: Value) -> Value:
         return self._product(node, a, b, "mk", "kn", "mn")
@@ -362,10 +384,14 @@ class Program:
         step, stride = (1, particles) if turned else (elements, 1)
         shape = f"{fits}, {particles}, {elements}, {step}, {stride}"
         call = f"philox_normal({array.name}, {names}, {shape});"
-        statement = Statement(array, (), lambda i, b: Expr("", frozenset()), lambda i: i, call=call)
+        statement = Statement(array, (), _nothing, lambda i: i, call=lambda: call)
         statement.loads = {x: set() for x in sources if x is not None}
         self.statements.append(statement)
         return of_array(array)
+
+
+def _nothing(indices: Indices, body: Body) -> Expr:
+    return Expr("", frozenset())
 
 
 def _pointed_at(index: Value, indices: Indices, extent: int, body: Body) -> Index:

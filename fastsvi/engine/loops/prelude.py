@@ -31,6 +31,36 @@ template <class T> INLINE T digamma(T argument) {
   return result + std::log(x) - 0.5 / x - y * series;
 }
 
+// Row-major products by Fortran BLAS, whose matrices are column-major: out' = b' a'. Of each factor
+// one stride must be 1; an axis of extent 1 may have any.
+template <class T>
+using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const T*,
+                      const T*, const int*, const T*, const int*, const T*, T*, const int*);
+template <class T>
+using Gemv = void (*)(const char*, const int*, const int*, const T*, const T*, const int*, const T*,
+                      const int*, const T*, T*, const int*);
+INLINE int leading(int64_t stride, int64_t least) { return stride > least ? stride : least; }
+template <class T>
+static void matrix_matrix(Gemm<T> gemm, int m, int n, int k, const T* a, int64_t am, int64_t ak,
+                          const T* b, int64_t bk, int64_t bn, T* out) {
+  const T one = 1, zero = 0;
+  const bool a_rows = ak == 1 || k == 1, b_rows = bn == 1 || n == 1;
+  const int lda = a_rows ? leading(am, k) : leading(ak, m);
+  const int ldb = b_rows ? leading(bk, n) : leading(bn, k);
+  gemm(b_rows ? "N" : "T", a_rows ? "N" : "T", &n, &m, &k, &one, b, &ldb, a, &lda, &zero, out, &n);
+}
+template <class T>
+static void matrix_vector(Gemv<T> gemv, int m, int k, const T* a, int64_t am, int64_t ak,
+                          const T* x, int64_t stride, T* out) {
+  const T one = 1, zero = 0;
+  const int step = 1, x_step = stride ? stride : 1;
+  const int lda = ak == 1 ? leading(am, k) : leading(ak, m);
+  if (ak == 1)
+    gemv("T", &k, &m, &one, a, &lda, x, &x_step, &zero, out, &step);
+  else
+    gemv("N", &m, &k, &one, a, &lda, x, &x_step, &zero, out, &step);
+}
+
 // Philox-4x32-10 and Box-Muller, the same words as fastsvi.kernels.philox. Element e of particle p
 // of fit f goes to out[f * P * D + p * particle_stride + e * element_stride].
 // Written out round by round, and in 32-bit halves where a word becomes a float: compilers

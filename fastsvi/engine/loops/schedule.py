@@ -15,7 +15,9 @@ from fastsvi.engine.loops.ir import Array, Statement
 from fastsvi.engine.loops.lower import Program
 
 _VECTOR = 8  # lanes of a vector register that a loop should fill
-_APART = 4.0  # cost of a load whose neighbours are not neighbours in memory
+# Cost of a load whose neighbours are not neighbours in memory, from a cache or from further away.
+_NEAR, _FAR = 6.0, 16.0
+_CACHE = 16 << 10  # bytes of an array that stays in the first cache
 
 
 @dataclass(eq=False)
@@ -118,21 +120,21 @@ def _cost(nest: Nest, inner: Axis) -> float:
         work += statement.work
         for array, places in statement.loads.items():
             if array not in own:
-                memory += sum(_reach(array.offset(i).stride(inner)) for i in places)
+                memory += sum(_reach(array, array.offset(i).stride(inner)) for i in places)
         offset = statement.array.offset(statement.store(statement.indices))
         reduced = inner in {statement.axes[k] for k in statement.reduced}
         if statement.combine is not None:
             memory += 0.0 if reduced else 2.0
         elif statement.array.order is not None:
-            memory += _reach(offset.stride(inner))
+            memory += _reach(statement.array, offset.stride(inner))
     lanes = min(_VECTOR, inner.extent)
     return memory / (1 if lanes == 1 else lanes) + work / lanes + _VECTOR / inner.extent
 
 
-def _reach(stride: int | None) -> float:
-    if stride == 0:
-        return 0.1
-    return 1.0 if stride == 1 else _APART * _VECTOR / 2
+def _reach(array: Array, stride: int | None) -> float:
+    if stride in (0, 1):
+        return 0.1 if stride == 0 else 1.0
+    return _NEAR if array.size * array.dtype.itemsize <= _CACHE else _FAR
 
 
 def _lay_out(nest: Nest) -> None:

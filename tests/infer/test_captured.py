@@ -1,0 +1,222 @@
+"""A captured run gives what eager steps with the same noise give, and says why where it cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastsvi as pyro
+import fastsvi.distributions as dist
+from fastsvi.distributions import constraints
+from fastsvi.errors import CaptureError
+from fastsvi.infer import SVI, Trace_ELBO
+from fastsvi.infer.autoguide import AutoNormal
+from fastsvi.infer.captured import CapturedStep
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("FASTSVI_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+def schools(sigma, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 8):
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+        pyro.sample("obs", dist.Normal(mu + tau * effect, sigma), obs=y)
+
+
+schools_data = (
+    torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]),
+    torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]),
+)
+
+
+def logistic(x, y):
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
+    bias = pyro.sample("bias", dist.Normal(0.0, 10.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ weight + bias), obs=y)
+
+
+def groups(group, y):
+    scale = pyro.sample("scale", dist.Gamma(2.0, 2.0))
+    share = pyro.sample("share", dist.Beta(torch.ones(3), 2.0).to_event(1))
+    noise = pyro.sample("noise", dist.Uniform(0.1, 4.0))
+    shift = pyro.param("shift", torch.tensor(0.3), constraint=constraints.unit_interval)
+    with pyro.plate("groups", 4):
+        level = pyro.sample("level", dist.StudentT(4.0, shift, scale))
+    with pyro.plate("rows", len(y)), pyro.poutine.scale(scale=0.5):
+        mean = level[group] + share[group % 3]
+        pyro.sample("y", dist.Normal(mean, noise), obs=y)
+
+
+def network(x, y):
+    with pyro.plate("unit", 6):
+        hidden = pyro.sample("hidden", dist.Normal(torch.zeros(6), 1.0))
+    net = pyro.module("net", NET)
+    mean = (net(x) * hidden).sum(-1)
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+NET = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.Tanh())
+
+generator = torch.Generator().manual_seed(0)
+rows = torch.randn(40, 3, generator=generator)
+answers = (rows[:, 0] > 0).float()
+MODELS = {
+    "schools": (schools, schools_data),
+    "logistic": (logistic, (rows, answers)),
+    "groups": (groups, (torch.arange(40) % 4, rows[:, 1])),
+    "network": (network, (rows, answers)),
+}
+
+
+def prepared(model, args, particles, optim=None, steps=2):
+    pyro.clear_param_store()
+    torch.manual_seed(1)
+    for layer in NET:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    elbo = Trace_ELBO(num_particles=particles, vectorize_particles=particles > 1)
+    optim = optim or pyro.optim.Adam({"lr": 0.02})
+    svi = SVI(model, AutoNormal(model), optim, elbo, seed=7)
+    return svi, [svi.step(*args) for _ in range(steps)]
+
+
+def values():
+    return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+
+
+@pytest.mark.parametrize("particles", [1, 5])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_captured_run_equals_eager_steps(name, particles):
+    model, args = MODELS[name]
+    svi, _ = prepared(model, args, particles)
+    eager = torch.tensor([svi.step(*args) for _ in range(50)])
+    expected = values()
+    svi, _ = prepared(model, args, particles)
+    captured = CapturedStep(svi, args, {})
+    captured.check(lambda: svi._advance(args, {}))
+    losses = captured.run(49)
+    # float32: fifty steps of some hundred operations each, and the losses have size 100.
+    torch.testing.assert_close(losses, eager[1:], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(values(), expected, rtol=1e-3, atol=1e-4)
+    # Steps go on eagerly from where the captured run ended.
+    assert svi._program.noise.step == 52
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        lambda: pyro.optim.AdamW({"lr": 0.02, "weight_decay": 0.1}),
+        lambda: pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.99, "clip_norm": 1.0}),
+        lambda: pyro.optim.Adam({"lr": 0.02, "betas": (0.5, 0.9)}, {"clip_norm": 0.5}),
+        lambda: pyro.optim.Adam(lambda name: {"lr": 0.1 if "locs" in name else 0.01}),
+    ],
+)
+def test_every_flat_optimizer(optim):
+    svi, _ = prepared(schools, schools_data, 1, optim())
+    eager = torch.tensor([svi.step(*schools_data) for _ in range(20)])
+    expected = values()
+    svi, _ = prepared(schools, schools_data, 1, optim())
+    torch.testing.assert_close(CapturedStep(svi, schools_data, {}).run(20), eager, rtol=1e-4, atol=0)
+    torch.testing.assert_close(values(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_float64_agrees_closely():
+    data = tuple(x.double() for x in schools_data)
+
+    def model(sigma, y):
+        zero = torch.zeros((), dtype=torch.float64)
+        mu = pyro.sample("mu", dist.Normal(zero, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(zero + 5))
+        with pyro.plate("schools", 8):
+            pyro.sample("obs", dist.Normal(mu, tau + sigma), obs=y)
+
+    svi, _ = prepared(model, data, 3)
+    eager = torch.tensor([svi.step(*data) for _ in range(1000)], dtype=torch.float64)
+    svi, _ = prepared(model, data, 3)
+    losses = CapturedStep(svi, data, {}).run(1000)
+    torch.testing.assert_close(losses, eager, rtol=1e-10, atol=1e-10)
+
+
+def test_a_non_finite_step_ends_the_run_and_changes_nothing():
+    def model(limit):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        mean = torch.where(x > limit, torch.inf, x)
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(3.0))
+
+    limit = torch.full((2,), 0.9)[0]
+    svi, _ = prepared(model, (limit,), 1, pyro.optim.Adam({"lr": 0.05}))
+    losses = CapturedStep(svi, (limit,), {}).run(2000)
+    assert 0 < len(losses) < 2000
+    assert losses.isfinite().all()
+    before = values()
+    assert all(value.isfinite().all() for value in before.values())
+    with pytest.raises(pyro.errors.NonFiniteError, match="'y'"):
+        svi.step(limit)
+    torch.testing.assert_close(values(), before, rtol=0, atol=0)
+
+
+def test_python_state_that_changes_is_noticed():
+    count = [0]
+
+    def model():
+        count[0] += 1
+        pyro.sample("x", dist.Normal(float(count[0]), 1.0))
+
+    svi, _ = prepared(model, (), 1)
+    captured = CapturedStep(svi, (), {})
+    with pytest.raises(CaptureError, match="captured step gave another loss"):
+        captured.check(lambda: svi._advance((), {}))
+
+
+def branching(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x if x > 0 else -x, 1.0), obs=y)
+
+
+def drawing(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x + torch.randn(()), 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (branching, r"test_captured.py:\d+: `pyro.sample\(\"y\", dist.Normal\(x if x > 0"),
+        (drawing, r"`pyro.sample\(\"y\", dist.Normal\(x \+ torch.randn\(\(\)\), 1.0\), obs=y\)` draws"),
+    ],
+)
+def test_what_cannot_be_captured_is_named(model, message):
+    y = torch.tensor(1.0)
+    svi, _ = prepared(model, (y,), 1)
+    before = values()
+    with pytest.raises(CaptureError, match=message):
+        CapturedStep(svi, (y,), {})
+    torch.testing.assert_close(values(), before, rtol=0, atol=0)
+
+
+def test_what_is_not_captured_yet_says_so():
+    svi, _ = prepared(schools, schools_data, 1, pyro.optim.SGD({"lr": 1e-4}))
+    with pytest.raises(CaptureError, match="cannot be captured"):
+        CapturedStep(svi, schools_data, {})
+
+    def model(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    pyro.clear_param_store()
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step(torch.tensor(1.0))
+    with pytest.raises(CaptureError, match="only automatic guides"):
+        CapturedStep(svi, (torch.tensor(1.0),), {})
