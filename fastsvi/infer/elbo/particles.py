@@ -1,0 +1,192 @@
+"""Running a program for one particle, or for all of them at once under :func:`torch.func.vmap`.
+
+vmap sees the program once, with tensors that stand for all particles. Three things must not happen
+there, because they concern the step and not a particle: a plate's random subset is drawn once and
+shared; a parameter that does not exist yet is made by an ordinary run; and whatever vmap cannot run
+sends the program to the ordinary loop, with a warning that says where and why.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastsvi import poutine
+from fastsvi.errors import FastSVIWarning
+from fastsvi.infer.elbo.program import Estimate, Program, leaves_of
+from fastsvi.infer.util import checking
+from fastsvi.poutine import Messenger
+from fastsvi.poutine.runtime import PARAM_STORE
+from fastsvi.poutine.util import site_is_subsample
+
+if TYPE_CHECKING:
+    from fastsvi.infer.elbo.base import ELBO
+
+# What a program may raise under vmap although it runs well without.
+_VMAP_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
+
+_LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(poutine.__file__)))
+
+
+class _RunAhead(Exception):
+    """Leaves vmap because something must be done once for all particles."""
+
+    def __init__(self, kind: str, name: str, fn: Any = None) -> None:
+        super().__init__(f"{kind} {name!r}")
+        self.kind = kind
+        self.name = name
+        self.fn = fn
+
+
+class _SharedByParticles(Messenger):
+    """Under vmap: hands out the subsets of this step, and lets no parameter be made."""
+
+    def __init__(self, subsets: dict[str, tuple[Any, Tensor]]) -> None:
+        super().__init__()
+        self.subsets = subsets
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg) or msg.value is not None:
+            return
+        fn = msg.fn
+        if fn.subsample_size >= fn.size:
+            return
+        known, subset = self.subsets.get(msg.name, (None, None))
+        if known is None or known.size != fn.size or known.subsample_size != fn.subsample_size:
+            raise _RunAhead("plate", msg.name, fn)
+        msg.value = subset
+
+    def _pyro_param(self, msg: Any) -> None:
+        if msg.value is None and msg.name not in PARAM_STORE:
+            raise _RunAhead("parameter", msg.name)
+
+
+def rehearse(elbo: ELBO, program: Program, args: Any, kwargs: Any, *, check: bool) -> None:
+    """Run guide and model once for their effects: parameters, and errors if ``check``.
+
+    Later rehearsals, which only check, leave torch's generator where it was.
+    """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with (
+        torch.random.fork_rng(devices, enabled=program.rehearsed),
+        torch.no_grad(),
+        poutine.block(),
+        checking(check),
+    ):
+        elbo._get_trace(program.model, program.guide, args, kwargs)
+    program.rehearsed = True
+
+
+def estimate_one(elbo: ELBO, program: Program, args: Any, kwargs: Any) -> Estimate:
+    """One particle's share of the loss."""
+    model_trace, guide_trace = elbo._get_trace(program.model, program.guide, args, kwargs)
+    loss, surrogate = elbo._differentiable_loss_particle(model_trace, guide_trace)
+    weight = 1.0 / elbo.num_particles
+    if weight != 1.0:
+        loss, surrogate = loss * weight, surrogate * weight
+    return Estimate(
+        loss,
+        surrogate,
+        leaves_of(guide_trace, model_trace),
+        lambda: iter([latent_values(model_trace, guide_trace)]),
+    )
+
+
+def estimate_vectorized(
+    elbo: ELBO, program: Program, args: Any, kwargs: Any
+) -> tuple[Estimate | None, BaseException | None]:
+    """The loss over all particles at once, or the error for which it must be done in a loop."""
+    leaves: list[Tensor] = []
+
+    def particle() -> tuple[Tensor, Tensor, dict[str, Any]]:
+        nonlocal leaves
+        model_trace, guide_trace = elbo._get_trace(program.model, program.guide, args, kwargs)
+        loss, surrogate = elbo._differentiable_loss_particle(model_trace, guide_trace)
+        leaves = leaves_of(guide_trace, model_trace)
+        values = latent_values(model_trace, guide_trace)
+        return loss, surrogate, {k: v for k, v in values.items() if isinstance(v, Tensor)}
+
+    outcome, obstacle = over_particles(elbo, program, args, kwargs, particle)
+    if obstacle is not None:
+        return None, obstacle
+    loss, surrogate, values = outcome
+    return Estimate(loss.mean(), surrogate.mean(), leaves, lambda: by_particle(values)), None
+
+
+def over_particles(
+    elbo: ELBO,
+    program: Program,
+    args: Any,
+    kwargs: Any,
+    particle: Callable[..., Any],
+    *inputs: Any,  # pytrees of tensors [P, ...]
+) -> tuple[Any, BaseException | None]:
+    """``particle`` mapped over its inputs, or the error for which it must be called in a loop."""
+    index = torch.arange(elbo.num_particles)  # vmap must be given something to map over
+    mapped = torch.func.vmap(lambda _, *values: particle(*values), randomness="different")
+    subsets = {name: (fn, fn.sample()) for name, fn in program.subsamples.items()}
+    asked: set[str] = set()
+    while True:
+        try:
+            with checking(False), _SharedByParticles(subsets):
+                return mapped(index, *inputs), None
+        except _RunAhead as request:
+            if str(request) in asked:
+                return None, request
+            asked.add(str(request))
+            if request.kind == "plate":
+                program.subsamples[request.name] = request.fn
+                subsets[request.name] = request.fn, request.fn.sample()
+            else:
+                rehearse(elbo, program, args, kwargs, check=False)
+        except _VMAP_ERRORS as error:
+            return None, error
+
+
+def warn_sequential(program: Program, obstacle: BaseException) -> None:
+    """Note that ``program`` must run particle by particle, and say why, once."""
+    program.is_sequential = True
+    reason = str(obstacle).strip().split("\n")[0]
+    warnings.warn(
+        f"vectorize_particles: the particles run one after the other, because torch.func.vmap "
+        f"cannot run {_statement(obstacle)}: {reason} To vectorize, write this without reading a "
+        f"tensor's value (torch.where for an if); or leave vectorize_particles off.",
+        FastSVIWarning,
+        stacklevel=5,
+    )
+
+
+def _statement(error: BaseException) -> str:
+    """The innermost statement outside of torch and fastsvi that led to ``error``, and its site."""
+    where, site = "the program", None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if not code.co_filename.startswith(_LIBRARIES):
+            source = linecache.getline(code.co_filename, line).strip()
+            where, site = f"{code.co_filename}:{line} in {code.co_name}: `{source}`", None
+        elif code.co_name == "sample" and isinstance(frame.f_locals.get("name"), str):
+            site = frame.f_locals["name"]
+    return where if site is None else f"site {site!r} ({where})"
+
+
+def latent_values(*traces: Any) -> dict[str, Any]:
+    """Values of all sites that were not observed, random subsets included."""
+    return {
+        name: site["value"]
+        for trace in traces
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"]
+    }
+
+
+def by_particle(values: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Split values with a leading particle axis ``[P, ...]`` into one dict per particle."""
+    for parts in zip(*values.values(), strict=True):
+        yield dict(zip(values, parts, strict=True))

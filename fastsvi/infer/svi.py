@@ -1,0 +1,228 @@
+"""Stochastic variational inference: ``SVI``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsvi import poutine, settings
+from fastsvi.errors import ConstraintError, DtypeError, FastSVIError, describe
+from fastsvi.infer.elbo import ELBO
+from fastsvi.infer.elbo.program import Program, all_leaves, leaves_of, total_loss, values_of
+from fastsvi.infer.progress import Losses, Progress
+from fastsvi.infer.targets import Targets, Undo
+from fastsvi.infer.util import is_finite, torch_item
+from fastsvi.optim import PyroOptim
+from fastsvi.poutine.runtime import PARAM_STORE
+
+
+class OptimizerError(FastSVIError, TypeError, ValueError):
+    """What was given as an optimizer is none."""
+
+
+@dataclass(frozen=True)
+class SVIRunResult:
+    """What :meth:`SVI.run` reached.
+
+    Attributes:
+        losses: loss of each step, a tensor ``[steps]`` on the device of the parameters.
+        params: constrained values of all parameters of the store, by name, detached copies.
+        interrupted: whether Ctrl-C ended the run early.
+    """
+
+    losses: Tensor
+    params: dict[str, Tensor]
+    interrupted: bool = False
+
+    def __repr__(self) -> str:
+        last = f"last loss {self.losses[-1].item():g}, " if len(self.losses) else ""
+        end = ", interrupted" if self.interrupted else ""
+        return f"SVIRunResult({len(self.losses)} steps, {last}{len(self.params)} params{end})"
+
+
+class SVI:
+    """Fits the parameters of a guide, and of a model, by stochastic gradient descent on a loss.
+
+    Args:
+        model: a function with sample statements; the posterior of its latent sites is sought.
+        guide: a function of the same arguments that samples those sites.
+        optim: an optimizer from :mod:`fastsvi.optim`.
+        loss: an :class:`~fastsvi.infer.ELBO`, or a function
+            ``loss(model, guide, *args, **kwargs)`` that returns a scalar to be differentiated.
+        loss_and_grads: with a function as loss: what to call in place of it for a loss whose
+            gradient it also adds to the parameters' ``grad``.
+        seed: of the noise that the engine draws; by default taken from torch's generator at the
+            first step, so that ``set_rng_seed`` makes runs repeatable.
+
+    Raises:
+        OptimizerError: ``optim`` is not an optimizer of fastsvi.
+        DtypeError: ``loss`` cannot be called.
+
+    >>> import fastsvi as pyro, fastsvi.distributions as dist
+    >>> from fastsvi.infer import SVI, Trace_ELBO
+    >>> from fastsvi.infer.autoguide import AutoNormal
+    >>> def model(y):
+    ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+    >>> guide = AutoNormal(model)
+    >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(num_particles=10))
+    >>> run = svi.run(300, torch.tensor(2.0), progress_bar=False)
+    >>> bool((guide.median()["x"] - 1.0).abs() < 0.1), run.losses.shape
+    (True, torch.Size([300]))
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: PyroOptim,
+        loss: ELBO | Callable[..., Any],
+        loss_and_grads: Callable[..., Any] | None = None,
+        num_samples: int = 0,
+        num_steps: int = 0,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        for name, value, instead in (
+            ("num_steps", num_steps, "SVI.run(num_steps, ...)"),
+            ("num_samples", num_samples, "Predictive(model, guide=guide, num_samples=...)"),
+        ):
+            if value:
+                message = f"SVI(..., {name}=...) has no effect; use {instead}"
+                warnings.warn(message, FutureWarning, stacklevel=2)
+        if not isinstance(optim, PyroOptim):
+            raise OptimizerError(
+                f"optim must be an optimizer of fastsvi.optim, found {describe(optim)}. Write "
+                f'Adam({{"lr": 0.01}}); torch optimizers are given as '
+                f'PyroOptim(torch.optim.SGD, {{"lr": 0.01}}).'
+            )
+        if not callable(loss) and not isinstance(loss, ELBO):
+            raise DtypeError(f"loss must be an ELBO or a function, found {describe(loss)}")
+        self.model = model
+        self.guide = guide
+        self.optim = optim
+        self.elbo: ELBO | None = None
+        self.loss: Callable[..., Any] = loss
+        self.loss_and_grads: Callable[..., Any] = loss_and_grads or self._differentiate
+        self._program: Program | None = None  # None where the loss takes its own gradients
+        if isinstance(loss, ELBO):
+            self.elbo = loss
+            self.loss = loss.loss
+            self.loss_and_grads = loss.loss_and_grads
+            if type(loss).loss_and_grads is ELBO.loss_and_grads:
+                self._program = loss.program(model, guide)
+                if seed is not None:
+                    self._program.set_seed(seed)
+        self._targets = Targets()
+
+    # ------------------------------------------------------------------------------------ steps
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take one step: estimate loss and gradient, then update every parameter that took part.
+
+        Returns:
+            The loss before the update, a float (a tuple of floats where the loss is a tuple).
+
+        Raises:
+            NonFiniteError: the loss or a gradient is NaN or infinite; the message names the site or
+                parameter. Nothing was updated.
+
+        Whatever is raised, by the program or here, parameters, gradients and the state of the
+        optimizer are as they were before the call.
+        """
+        return _as_number(self._advance(args, kwargs))
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """An estimate of the loss without a step, as a float. Leaves later steps as they are."""
+        with torch.no_grad():
+            return _as_number(self.loss(self.model, self.guide, *args, **kwargs))
+
+    def run(
+        self, num_steps: int, *args: Any, progress_bar: bool = True, **kwargs: Any
+    ) -> SVIRunResult:
+        """Take ``num_steps`` steps with the same arguments.
+
+        Args:
+            num_steps: number of steps; none is allowed.
+            progress_bar: show a bar with the loss, averaged over the latest steps.
+            args, kwargs: arguments of model and guide.
+
+        Returns:
+            Losses and parameters. Ctrl-C ends the run between two steps and returns what was
+            reached.
+
+        Raises:
+            NonFiniteError: as in :meth:`step`; the parameters are those of the last good step.
+        """
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
+            raise ConstraintError(
+                f"SVI.run takes the number of steps first, an integer >= 0; found "
+                f"{describe(num_steps)}. Arguments of the model follow: run(1000, data)."
+            )
+        losses = Losses()
+        interrupted = False
+        try:
+            with Progress(num_steps, losses, show=progress_bar) as steps:
+                for _ in steps:
+                    losses.append(self._advance(args, kwargs))
+        except KeyboardInterrupt:
+            interrupted = True
+        params = {name: value.detach().clone() for name, value in PARAM_STORE.items()}
+        return SVIRunResult(losses.stack(), params, interrupted)
+
+    # --------------------------------------------------------------------------------- internals
+
+    def _advance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One step; returns the loss, as a scalar on its device where the loss is an ELBO."""
+        undo = Undo()
+        try:
+            with undo:
+                loss = self._accumulate(args, kwargs)
+                self.optim(self._targets.leaves)
+        finally:
+            if undo.has_removed and self._program is not None:
+                self._program.rehearsed = False
+        self._targets.zero_grad()
+        return loss
+
+    def _accumulate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Add the gradient to the targets' ``grad``; returns the loss once it is known finite."""
+        if self.elbo is None or self._program is None:
+            with poutine.trace(param_only=True) as seen:
+                loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+            self._targets.set(leaves_of(seen.trace))
+            self._require_finite(loss, args, kwargs, ({},))
+            return loss
+        estimates = self.elbo.accumulate_grads(self._program, args, kwargs)
+        self._targets.set(all_leaves(estimates))
+        loss = total_loss(estimates)
+        self._require_finite(loss, args, kwargs, values_of(estimates))
+        return loss
+
+    def _require_finite(self, loss: Any, args: Any, kwargs: Any, particles: Any) -> None:
+        if settings.get("validate") == "never":
+            return
+        parts = loss if isinstance(loss, tuple) else (loss,)
+        if all(map(is_finite, parts)) and self._targets.has_finite_grads():
+            return
+        raise self._targets.explain(
+            [torch_item(part) for part in parts], self.model, self.guide, args, kwargs, particles
+        )
+
+    def _differentiate(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """The default ``loss_and_grads`` of a loss that is a function."""
+        loss = self.loss(model, guide, *args, **kwargs)
+        if getattr(loss, "requires_grad", False):
+            loss.backward(retain_graph=True)
+        return loss
+
+
+def _as_number(loss: Any) -> Any:
+    if isinstance(loss, tuple):
+        return type(loss)(map(torch_item, loss))
+    return torch_item(loss)
