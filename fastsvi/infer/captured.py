@@ -35,6 +35,14 @@ if TYPE_CHECKING:
 _TOLERANCE = 1e-3
 
 
+class Disagreement(CaptureError):
+    """A captured step does not give what the eager step gave, whose ``loss`` this holds."""
+
+    def __init__(self, loss: Tensor, message: str) -> None:
+        super().__init__(message)
+        self.loss = loss
+
+
 class _RecordedNoise:
     """Stands in for the noise stream while a step is recorded: key and origin are its inputs."""
 
@@ -174,7 +182,7 @@ class CapturedStep:
         """Take one step natively, on copies, and one eagerly; returns the loss of the latter.
 
         Raises:
-            CaptureError: the two disagree.
+            Disagreement: with the loss of the eager step, which has been taken.
         """
         self.plan.refresh()
         self._origin.copy_(philox.make_origin(step=self.program.noise.step))
@@ -188,11 +196,12 @@ class CapturedStep:
             error = (native - eager).abs().max() if len(native) == len(eager) else torch.inf
             scale = eager.abs().max().clamp(min=1e-6)
             if not bool(error <= _TOLERANCE * scale):
-                raise CaptureError(
+                raise Disagreement(
+                    loss,
                     f"the captured step gave another {what} than an eager one with the same noise: "
                     f"largest difference {float(error):g}, largest value {float(scale):g}. Something "
                     "outside of the tensors changes from step to step, such as a Python counter; "
-                    "the run goes on eagerly"
+                    "the run goes on eagerly",
                 )
         return loss
 

@@ -35,6 +35,13 @@ class Losses:
             self._chunks.append(torch.stack(self._latest))
             self._latest = []
 
+    def extend(self, losses: Tensor) -> None:
+        """Add the losses ``[steps]`` of several steps."""
+        if self._latest:
+            self._chunks.append(torch.stack(self._latest))
+            self._latest = []
+        self._chunks.append(losses.detach())
+
     def stack(self) -> Tensor:
         """All losses, ``[steps]`` (``[steps, k]`` if each is a tuple of k)."""
         latest = [torch.stack(self._latest)] if self._latest else []
@@ -48,7 +55,7 @@ class Losses:
 
 
 class Progress:
-    """Counts steps, and shows a bar with the smoothed loss unless ``show`` is false."""
+    """Yields until all losses are there, and shows a bar with the smoothed loss unless ``show`` is false."""
 
     def __init__(self, num_steps: int, losses: Losses, show: bool) -> None:
         self.num_steps = num_steps
@@ -69,8 +76,8 @@ class Progress:
 
     def __iter__(self) -> Iterator[int]:
         shown_at = time.monotonic()
-        for step in range(self.num_steps):
-            yield step
+        while len(self.losses) < self.num_steps:
+            yield len(self.losses)
             if self.show and time.monotonic() - shown_at > _SECONDS_BETWEEN:
                 self._update()
                 shown_at = time.monotonic()

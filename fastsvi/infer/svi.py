@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from fastsvi import poutine, settings
-from fastsvi.errors import ConstraintError, DtypeError, FastSVIError, describe
+from fastsvi.errors import ConstraintError, DtypeError, FastSVIError, NonFiniteError, describe
+from fastsvi.infer.deferred import DeferredChecks
 from fastsvi.infer.elbo import ELBO
 from fastsvi.infer.elbo.program import Program, all_leaves, leaves_of, total_loss, values_of
 from fastsvi.infer.progress import Losses, Progress
+from fastsvi.infer.runner import COMPILE, Compile, Runner
 from fastsvi.infer.targets import Targets, Undo
 from fastsvi.infer.util import is_finite, torch_item
 from fastsvi.optim import PyroOptim
@@ -33,11 +35,15 @@ class SVIRunResult:
         losses: loss of each step, a tensor ``[steps]`` on the device of the parameters.
         params: constrained values of all parameters of the store, by name, detached copies.
         interrupted: whether Ctrl-C ended the run early.
+        native_steps: how many of the steps were taken in compiled form.
+        obstacle: why not all could be, with the statement at fault; None if all might have been.
     """
 
     losses: Tensor
     params: dict[str, Tensor]
     interrupted: bool = False
+    native_steps: int = 0
+    obstacle: str | None = None
 
     def __repr__(self) -> str:
         last = f"last loss {self.losses[-1].item():g}, " if len(self.losses) else ""
@@ -143,13 +149,25 @@ class SVI:
             return _as_number(self.loss(self.model, self.guide, *args, **kwargs))
 
     def run(
-        self, num_steps: int, *args: Any, progress_bar: bool = True, **kwargs: Any
+        self,
+        num_steps: int,
+        *args: Any,
+        progress_bar: bool = True,
+        compile: Compile = "auto",
+        **kwargs: Any,
     ) -> SVIRunResult:
         """Take ``num_steps`` steps with the same arguments.
+
+        What steps give does not depend on ``compile``, up to rounding. In compiled form they run
+        as native code on the CPU, from :class:`~fastsvi.infer.autoguide.AutoNormal` guides with
+        :class:`~fastsvi.infer.Trace_ELBO` and a flat Adam; other programs are run eagerly.
 
         Args:
             num_steps: number of steps; none is allowed.
             progress_bar: show a bar with the loss, averaged over the latest steps.
+            compile: ``"auto"`` starts eagerly at once and goes over to compiled steps when they
+                are ready and worth it; ``True`` waits for them, and warns where a program cannot
+                be compiled; ``False`` stays eager.
             args, kwargs: arguments of model and guide.
 
         Returns:
@@ -157,32 +175,53 @@ class SVI:
             reached.
 
         Raises:
-            NonFiniteError: as in :meth:`step`; the parameters are those of the last good step.
+            NonFiniteError: as in :meth:`step`; the parameters are those of the last good step. On
+                an accelerator, where a look at the loss would wait for the device, it is raised
+                within about a second, and the parameters are those of the last look.
         """
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
             raise ConstraintError(
                 f"SVI.run takes the number of steps first, an integer >= 0; found "
                 f"{describe(num_steps)}. Arguments of the model follow: run(1000, data)."
             )
+        if compile not in COMPILE:
+            raise ConstraintError(f"compile is one of {COMPILE}, found {compile!r}")
         losses = Losses()
         interrupted = False
+        runner = Runner(self, args, kwargs, num_steps, compile)
+        deferred: DeferredChecks | None = None
         try:
             with Progress(num_steps, losses, show=progress_bar) as steps:
                 for _ in steps:
-                    losses.append(self._advance(args, kwargs))
+                    loss = runner.advance(losses, read=deferred is None)
+                    if deferred is not None:
+                        if deferred.is_due() or len(losses) == num_steps:
+                            self._look(deferred)
+                    elif _waits_for_device(loss) and settings.get("validate") != "never":
+                        deferred = DeferredChecks(losses, self.optim)
         except KeyboardInterrupt:
             interrupted = True
+            if deferred is not None:
+                self._look(deferred)
         params = {name: value.detach().clone() for name, value in PARAM_STORE.items()}
-        return SVIRunResult(losses.stack(), params, interrupted)
+        return SVIRunResult(
+            losses.stack(), params, interrupted, runner.native_steps, runner.obstacle
+        )
 
     # --------------------------------------------------------------------------------- internals
 
-    def _advance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One step; returns the loss, as a scalar on its device where the loss is an ELBO."""
+    def _advance(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, read: bool = True) -> Any:
+        """One step; returns the loss, as a scalar on its device where the loss is an ELBO.
+
+        With ``read`` the loss is read back, and the step undone if it is not finite.
+        """
+        self._follow_changes()
         undo = Undo()
         try:
             with undo:
-                loss = self._accumulate(args, kwargs)
+                loss, particles = self._accumulate(args, kwargs)
+                if read:
+                    self._require_finite(loss, args, kwargs, particles)
                 self.optim(self._targets.leaves)
         finally:
             if undo.has_removed and self._program is not None:
@@ -190,19 +229,33 @@ class SVI:
         self._targets.zero_grad()
         return loss
 
-    def _accumulate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Add the gradient to the targets' ``grad``; returns the loss once it is known finite."""
+    def _follow_changes(self) -> None:
+        """Programs may assign ``svi.model`` and ``svi.guide`` between steps."""
+        known = self._program
+        if known is None or self.elbo is None:
+            return
+        if known.model is not self.model or known.guide is not self.guide:
+            self._program = self.elbo.program(self.model, self.guide)
+
+    def _accumulate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Add the gradient to the targets' ``grad``; returns the loss and the latent values."""
         if self.elbo is None or self._program is None:
             with poutine.trace(param_only=True) as seen:
                 loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
             self._targets.set(leaves_of(seen.trace))
-            self._require_finite(loss, args, kwargs, ({},))
-            return loss
+            return loss, ({},)
         estimates = self.elbo.accumulate_grads(self._program, args, kwargs)
         self._targets.set(all_leaves(estimates))
-        loss = total_loss(estimates)
-        self._require_finite(loss, args, kwargs, values_of(estimates))
-        return loss
+        return total_loss(estimates), values_of(estimates)
+
+    def _look(self, deferred: DeferredChecks) -> None:
+        step = deferred.look()
+        if step is not None:
+            raise NonFiniteError(
+                f"SVI.run: the loss of step {step} is not finite; parameters and optimizer are "
+                f"those of the last look before it. Take single steps, svi.step(...), "
+                f"from here to have the site named."
+            )
 
     def _require_finite(self, loss: Any, args: Any, kwargs: Any, particles: Any) -> None:
         if settings.get("validate") == "never":
@@ -220,6 +273,11 @@ class SVI:
         if getattr(loss, "requires_grad", False):
             loss.backward(retain_graph=True)
         return loss
+
+
+def _waits_for_device(loss: Any) -> bool:
+    """Whether reading ``loss`` would wait for an accelerator."""
+    return isinstance(loss, Tensor) and loss.device.type != "cpu"
 
 
 def _as_number(loss: Any) -> Any:

@@ -92,10 +92,15 @@ FUNCTIONS = {
     "mv": lambda x: (matrix.to(x) @ x[:5]).exp().sum(),
     "mm": lambda x: (matrix[:, :3].to(x) @ x.view(3, 4)).tanh().sum(),
     "bmm": lambda x: torch.bmm(x.view(2, 3, 2), x.view(2, 2, 3)).sin().sum(),
-    "large mv": lambda x: (large(x, 70, 12) @ x).tanh().sum() + (x @ large(x, 12, 500)).sin().sum(),
-    "large mm": lambda x: (large(x, 40, 4) @ x.view(3, 4).t() @ large(x, 3, 50)).tanh().sum(),
+    # Squares: a sum of thousands of terms that cancel would show rounding and nothing else.
+    "large mv": lambda x: (
+        (large(x, 70, 12) @ x).tanh().square().sum() + (x @ large(x, 12, 500)).sin().square().sum()
+    ),
+    "large mm": lambda x: (
+        (large(x, 40, 4) @ x.view(3, 4).t() @ large(x, 3, 50)).tanh().square().sum()
+    ),
     "large mm of views": lambda x: (
-        (large(x, 4, 40).t() @ x.view(4, 3) @ large(x, 50, 3).t()).tanh().sum()
+        (large(x, 4, 40).t() @ x.view(4, 3) @ large(x, 50, 3).t()).tanh().square().sum()
     ),
     "large bmm": lambda x: (
         torch.bmm(
@@ -103,6 +108,7 @@ FUNCTIONS = {
             large(x, 80, 60).view(80, 2, 30),
         )
         .sin()
+        .square()
         .sum()
     ),
     "large mv of many": lambda x: vmap(lambda row: (large(x, 900, 4) @ row).exp().sum())(

@@ -125,7 +125,9 @@ def test_every_flat_optimizer(optim):
     eager = torch.tensor([svi.step(*schools_data) for _ in range(20)])
     expected = values()
     svi, _ = prepared(schools, schools_data, 1, optim())
-    torch.testing.assert_close(CapturedStep(svi, schools_data, {}).run(20), eager, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        CapturedStep(svi, schools_data, {}).run(20), eager, rtol=1e-4, atol=0
+    )
     torch.testing.assert_close(values(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -191,7 +193,10 @@ def drawing(y):
     ("model", "message"),
     [
         (branching, r"test_captured.py:\d+: `pyro.sample\(\"y\", dist.Normal\(x if x > 0"),
-        (drawing, r"`pyro.sample\(\"y\", dist.Normal\(x \+ torch.randn\(\(\)\), 1.0\), obs=y\)` draws"),
+        (
+            drawing,
+            r"`pyro.sample\(\"y\", dist.Normal\(x \+ torch.randn\(\(\)\), 1.0\), obs=y\)` draws",
+        ),
     ],
 )
 def test_what_cannot_be_captured_is_named(model, message):
@@ -220,3 +225,63 @@ def test_what_is_not_captured_yet_says_so():
     svi.step(torch.tensor(1.0))
     with pytest.raises(CaptureError, match="only automatic guides"):
         CapturedStep(svi, (torch.tensor(1.0),), {})
+
+
+@pytest.mark.parametrize("compile", ["auto", True])
+def test_run_gives_the_same_compiled_or_not(compile):
+    svi, _ = prepared(schools, schools_data, 8)
+    eager = svi.run(3000, *schools_data, progress_bar=False, compile=False)
+    assert (eager.native_steps, eager.obstacle) == (0, "compile=False")
+    svi, _ = prepared(schools, schools_data, 8)
+    run = svi.run(3000, *schools_data, progress_bar=False, compile=compile)
+    assert run.obstacle is None
+    assert run.native_steps > (2900 if compile is True else 0)
+    assert len(run.losses) == 3000
+    # Rounding grows with the steps; the first thousand stay close, the end agrees as a fit.
+    torch.testing.assert_close(run.losses[:1000], eager.losses[:1000], rtol=1e-3, atol=1e-2)
+    for name, value in run.params.items():
+        torch.testing.assert_close(value, eager.params[name], rtol=0.01, atol=0.02)
+
+
+def test_run_names_what_keeps_it_eager():
+    y = torch.tensor(1.0)
+    svi, _ = prepared(branching, (y,), 1)
+    with pytest.warns(pyro.errors.FastSVIWarning, match="taken eagerly, because .*test_captured"):
+        run = svi.run(10, y, progress_bar=False, compile=True)
+    assert "test_captured.py" in run.obstacle
+    assert len(run.losses) == 10
+    quiet = svi.run(300, y, progress_bar=False)
+    assert quiet.native_steps == 0
+
+
+def test_run_notices_python_state_and_goes_on_eagerly():
+    count = [0]
+
+    def model():
+        count[0] += 1
+        pyro.sample("x", dist.Normal(float(count[0] % 7), 1.0))
+
+    svi, _ = prepared(model, (), 1)
+    with pytest.warns(pyro.errors.FastSVIWarning, match="Python counter"):
+        run = svi.run(50, progress_bar=False, compile=True)
+    assert len(run.losses) == 50
+    assert run.native_steps == 0
+
+
+def test_run_stops_at_a_non_finite_step_with_the_site():
+    def model(limit):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        mean = torch.where(x > limit, torch.inf, x)
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(3.0))
+
+    limit = torch.full((2,), 0.9)[0]
+    svi, _ = prepared(model, (limit,), 1, pyro.optim.Adam({"lr": 0.05}))
+    with pytest.raises(pyro.errors.NonFiniteError, match="'y'"):
+        svi.run(2000, limit, progress_bar=False, compile=True)
+    assert all(value.isfinite().all() for value in values().values())
+
+
+def test_a_bad_choice_of_compile_is_refused():
+    svi, _ = prepared(schools, schools_data, 1)
+    with pytest.raises(ValueError, match="compile is one of"):
+        svi.run(1, *schools_data, compile="fast")

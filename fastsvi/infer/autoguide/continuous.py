@@ -142,11 +142,13 @@ class AutoContinuous(AutoGuide):
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Image of the posterior median of the packed vector, by site name."""
+        self._latent_sites(args, kwargs)
         return self._constrained(self._loc_scale(*args, **kwargs)[0].clone())
 
     @torch.no_grad()
     def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Quantiles ``[Q, *shape]`` of each latent site; see :meth:`AutoNormal.quantiles`."""
+        self._latent_sites(args, kwargs)
         return self._constrained(normal_quantiles(quantiles, *self._loc_scale(*args, **kwargs)))
 
     @torch.no_grad()
@@ -154,6 +156,7 @@ class AutoContinuous(AutoGuide):
         self, sample_shape: Any = (), *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Independent draws ``[*sample_shape, *shape]`` from the guide, by site name."""
+        self._latent_sites(args, kwargs)
         posterior = self.get_posterior(*args, **kwargs)
         return self._constrained(posterior.sample(as_shape(sample_shape)))
 

@@ -8,7 +8,7 @@ of which the gradient of every leaf is a view.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import Any
@@ -31,7 +31,7 @@ _SHARED = (transforms.ExpTransform, transforms.SigmoidTransform, transforms.Soft
 
 @dataclass(frozen=True)
 class Slot:
-    """A latent site: its parameters' names, unconstrained shape, transform and plates."""
+    """A latent site: names of its parameters in the store, and what is known of the site."""
 
     name: str
     loc: str
@@ -80,13 +80,24 @@ class _Piece:
 class FusedNormal:
     """Draws the sites of a mean-field normal guide.
 
+    Args:
+        slots: the sites.
+        scale_map: from unconstrained scale to scale.
+        are_own: whether the store's leaves of some names are those that the guide would read.
+
     Attributes:
         leaves: the parameters, unconstrained.
         plates: the plates of every site.
         slots: the sites in the order of their elements.
     """
 
-    def __init__(self, slots: Sequence[Slot], scale_map: normal.ScaleMap) -> None:
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        scale_map: normal.ScaleMap,
+        are_own: Callable[[Sequence[str], Sequence[Tensor]], bool],
+    ) -> None:
+        self._are_own = are_own
         self._pieces = _pieces(slots)
         self.slots = [slot for piece in self._pieces for slot in piece.slots]
         self.plates = {slot.name: slot.plates for slot in self.slots}
@@ -119,6 +130,8 @@ class FusedNormal:
         if any(name not in PARAM_STORE for name in names):
             return None
         self.leaves = tuple(PARAM_STORE.leaf(name) for name in names)
+        if not self._are_own(names, self.leaves):
+            return None
         places = [PARAM_STORE.locate(leaf) for leaf in self.leaves]
         buffers = {id(place[0]): place[0] for place in places if place is not None}
         if None in places or len(buffers) != 1:

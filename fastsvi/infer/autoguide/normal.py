@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from fastsvi.infer.autoguide.utils import deep_getattr, deep_setattr
 from fastsvi.kernels.normal import ScaleMap
 from fastsvi.nn import PyroModule, PyroParam
 from fastsvi.nn.leaves import SUFFIX
+from fastsvi.poutine.runtime import PARAM_STORE
 
 # What the sampling kernel can make of an unconstrained scale, by constraint.
 _SCALE_MAPS: dict[Any, ScaleMap] = {
@@ -69,11 +70,12 @@ class AutoNormal(AutoGuide):
     ) -> None:
         self._init_scale = check_init_scale(init_scale)
         self.init_loc_fn = init_loc_fn
+        self._fused: Any = None  # not known yet
         super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        self._fused: Any = None  # not known yet
+        self._fused = None
         self._event_dims: dict[str, int] = {}  # of the unconstrained site
         self.locs = PyroModule()
         self.scales = PyroModule()
@@ -115,11 +117,11 @@ class AutoNormal(AutoGuide):
         Used by :class:`~fastsvi.infer.Trace_ELBO`. A guide that is part of another, has hooks,
         overrides how it samples, or has latent sites in subsampled plates runs as a program.
         """
+        if self.prototype_trace is None or self.master is not None or not self._is_plain():
+            return None
         if self._fused is None:
             self._fused = self._make_fused() or False
-        if self._fused is False or self.master is not None or not self._is_plain():
-            return None
-        return self._fused if self._fused.refresh() else None
+        return self._fused if self._fused and self._fused.refresh() else None
 
     def _make_fused(self) -> FusedNormal | None:
         sites = dict(self.prototype_trace.iter_stochastic_nodes())
@@ -127,20 +129,35 @@ class AutoNormal(AutoGuide):
         scale_map = _SCALE_MAPS.get(self.scale_constraint)
         if not sites or subsampled or scale_map is None or self.create_plates is not None:
             return None
-        slots = []
-        for name, site in sites.items():
-            leaf = f"{name}{SUFFIX}"
-            slots.append(
-                Slot(
-                    name,
-                    loc=f"{self._pyro_name}.locs.{name}",
-                    scale=f"{self._pyro_name}.scales.{name}",
-                    shape=self.locs.get_parameter(leaf).shape,
-                    transform=biject_to(site["fn"].support),
-                    plates=site["cond_indep_stack"],
-                )
+        slots = [
+            Slot(
+                name,
+                loc=f"{self._pyro_name}.locs.{name}",
+                scale=f"{self._pyro_name}.scales.{name}",
+                shape=self._own_leaf(f"locs.{name}").shape,
+                transform=biject_to(site["fn"].support),
+                plates=site["cond_indep_stack"],
             )
-        return FusedNormal(slots, scale_map)
+            for name, site in sites.items()
+        ]
+        return FusedNormal(slots, scale_map, self._are_own)
+
+    def _own_leaf(self, path: str) -> Tensor:
+        return self.get_parameter(f"{path}{SUFFIX}")
+
+    def _are_own(self, names: Sequence[str], leaves: Sequence[Tensor]) -> bool:
+        """Whether the store's leaves are this guide's own, constrained as it made them."""
+        prefix = len(self._pyro_name) + 1
+        for name, leaf in zip(names, leaves, strict=True):
+            path = name[prefix:]
+            expected = self.scale_constraint if path.startswith("scales.") else constraints.real
+            try:
+                own = self._own_leaf(path)
+            except AttributeError:  # no longer a PyroParam: somebody has made it something else
+                return False
+            if own is not leaf or not _are_alike(PARAM_STORE.constraint(name), expected):
+                return False
+        return True
 
     def _is_plain(self) -> bool:
         """Whether nobody has changed how this guide samples."""
@@ -156,8 +173,10 @@ class AutoNormal(AutoGuide):
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Posterior median of each latent site, in constrained space."""
         return {
-            name: biject_to(site["fn"].support)(self._get_loc_and_scale(name)[0].clone())
-            for name, site in self.prototype_trace.iter_stochastic_nodes()
+            site["name"]: biject_to(site["fn"].support)(
+                self._get_loc_and_scale(site["name"])[0].clone()
+            )
+            for site in self._latent_sites(args, kwargs)
         }
 
     @torch.no_grad()
@@ -172,14 +191,16 @@ class AutoNormal(AutoGuide):
             unconstrained space; of sites such as simplices they are no quantiles of the entries.
         """
         return {
-            name: biject_to(site["fn"].support)(
-                normal_quantiles(quantiles, *self._get_loc_and_scale(name))
+            site["name"]: biject_to(site["fn"].support)(
+                normal_quantiles(quantiles, *self._get_loc_and_scale(site["name"]))
             )
-            for name, site in self.prototype_trace.iter_stochastic_nodes()
+            for site in self._latent_sites(args, kwargs)
         }
 
     @torch.no_grad()
-    def sample_posterior(self, sample_shape: Any = ()) -> dict[str, Tensor]:
+    def sample_posterior(
+        self, sample_shape: Any = (), *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Independent draws from the guide, without running the model.
 
         Args:
@@ -189,17 +210,22 @@ class AutoNormal(AutoGuide):
             By site name, constrained tensors ``[*sample_shape, *shape]``.
         """
         shape = as_shape(sample_shape)
-        return {name: fn.sample(shape) for name, fn in self.get_posterior().items()}
+        posterior = self.get_posterior(*args, **kwargs)
+        return {name: fn.sample(shape) for name, fn in posterior.items()}
 
-    def get_posterior(self) -> dict[str, Any]:
+    def get_posterior(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The guide's distribution of each latent site over its constrained values, by name."""
-        return {
-            name: dist.TransformedDistribution(
-                dist.Normal(*self._get_loc_and_scale(name)).to_event(self._event_dims[name]),
-                biject_to(site["fn"].support),
-            )
-            for name, site in self.prototype_trace.iter_stochastic_nodes()
-        }
+        posterior = {}
+        for site in self._latent_sites(args, kwargs):
+            name = site["name"]
+            unconstrained = dist.Normal(*self._get_loc_and_scale(name))
+            unconstrained = unconstrained.to_event(self._event_dims[name])
+            support = biject_to(site["fn"].support)
+            posterior[name] = dist.TransformedDistribution(unconstrained, support)
+        return posterior
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_fused": None}
 
 
 class AutoDelta(AutoGuide):
@@ -275,6 +301,11 @@ def normal_quantiles(quantiles: Any, loc: Tensor, scale: Tensor) -> Tensor:
 def as_shape(sample_shape: Any) -> torch.Size:
     """A shape from a shape or a number of draws."""
     return torch.Size([sample_shape] if isinstance(sample_shape, int) else sample_shape)
+
+
+def _are_alike(constraint: Any, other: Any) -> bool:
+    """Whether two constraints are the same; one from a file is another object."""
+    return type(constraint) is type(other) and vars(constraint) == vars(other)
 
 
 def check_init_scale(init_scale: Any) -> float:

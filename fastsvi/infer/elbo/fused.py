@@ -8,6 +8,7 @@ is out of the ordinary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,12 +70,14 @@ def estimate(
     num_particles = elbo.num_particles
     values, log_q = guide.draw(num_particles, stream)
     leaves: list[Tensor] = []
+    subsets: dict[str, Any] = {}
 
     def log_p(values: dict[str, Tensor]) -> Tensor:
         density = _ModelDensity(values, guide.plates)
         with density:
             program.model(*args, **kwargs)
         leaves[:] = density.leaves
+        subsets.update((n, s.value) for n, s in density.sites.items() if site_is_subsample(s))
         return density.log_joint
 
     obstacle = None
@@ -95,7 +98,8 @@ def estimate(
     if obstacle is not None:
         particles.warn_sequential(program, obstacle)
 
-    def latent_values() -> Any:
-        return iter([values]) if num_particles == 1 else particles.by_particle(values)
+    def latent_values() -> Iterator[dict[str, Any]]:
+        each = iter([values]) if num_particles == 1 else particles.by_particle(values)
+        return ({**one, **subsets} for one in each)
 
     return Estimate(loss.detach(), loss, [*guide.leaves, *leaves], latent_values)

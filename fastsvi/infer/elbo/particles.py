@@ -71,11 +71,12 @@ class _SharedByParticles(Messenger):
 def rehearse(elbo: ELBO, program: Program, args: Any, kwargs: Any, *, check: bool) -> None:
     """Run guide and model once for their effects: parameters, and errors if ``check``.
 
-    Later rehearsals, which only check, leave torch's generator where it was.
+    A rehearsal that only checks leaves torch's generator where it was. One that makes parameters
+    must not: the next draws would repeat the numbers that the parameters were made of.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with (
-        torch.random.fork_rng(devices, enabled=program.rehearsed),
+        torch.random.fork_rng(devices, enabled=check and program.rehearsed),
         torch.no_grad(),
         poutine.block(),
         checking(check),
@@ -88,15 +89,13 @@ def estimate_one(elbo: ELBO, program: Program, args: Any, kwargs: Any) -> Estima
     """One particle's share of the loss."""
     model_trace, guide_trace = elbo._get_trace(program.model, program.guide, args, kwargs)
     loss, surrogate = elbo._differentiable_loss_particle(model_trace, guide_trace)
-    weight = 1.0 / elbo.num_particles
-    if weight != 1.0:
+    values = latent_values(model_trace, guide_trace)
+    if elbo.num_particles > 1:
+        weight = 1.0 / elbo.num_particles
         loss, surrogate = loss * weight, surrogate * weight
-    return Estimate(
-        loss,
-        surrogate,
-        leaves_of(guide_trace, model_trace),
-        lambda: iter([latent_values(model_trace, guide_trace)]),
-    )
+        # Kept until the last particle is done, so they must not hold their particle's graph.
+        values = {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
+    return Estimate(loss, surrogate, leaves_of(guide_trace, model_trace), lambda: iter([values]))
 
 
 def estimate_vectorized(

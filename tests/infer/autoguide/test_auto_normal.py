@@ -161,6 +161,10 @@ class TestSampling:
                 fn.log_prob(site["value"]).sum(), density, rtol=1e-4, atol=1e-4
             )
 
+    def test_results_may_be_asked_for_before_the_first_run(self):
+        guide = AutoNormal(mixed(fastsvi))
+        assert set(guide.median()) == {"real", "rate", "weights", "chol", "row", "cell"}
+
     def test_call_returns_a_tuple_in_order_of_names(self):
         guide = AutoNormal(mixed(fastsvi))
         assert len(guide.call()) == 6

@@ -1,5 +1,7 @@
 """The fast path equals the ordinary one: loss and gradients under the same noise."""
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -9,7 +11,7 @@ import fastsvi
 import fastsvi.distributions as dist
 from fastsvi import poutine
 from fastsvi.engine.noise import NoiseStream, Seed
-from fastsvi.errors import FastSVIWarning
+from fastsvi.errors import FastSVIWarning, NonFiniteError
 from fastsvi.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from fastsvi.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 from fastsvi.infer.elbo import fused
@@ -271,6 +273,73 @@ def test_layout_changes_do_not_confuse_it():
     fastsvi.clear_param_store()
     svi.step()
     assert "AutoNormal.locs.effect" in fastsvi.get_param_store()
+
+
+def test_a_second_guide_of_the_same_name():
+    """The store's leaves win, as on the ordinary path; both guides then hold them."""
+    first, second = AutoNormal(eight_schools), AutoNormal(eight_schools)
+    svi = make_svi(eight_schools, first)
+    svi.step()
+    svi.step()
+    fastsvi.clear_param_store()
+    make_svi(eight_schools, second).step()
+    for _ in range(2):
+        svi.step()
+        svi.step()
+    for name, leaf in fastsvi.get_param_store().named_parameters():
+        path = name.removeprefix("AutoNormal.") + "_unconstrained"
+        assert first.get_parameter(path) is leaf
+
+
+def test_a_parameter_with_another_constraint_is_left_to_the_ordinary_path():
+    guide = AutoNormal(eight_schools)
+    guide()
+    assert guide.fused() is not None
+    guide.scales.tau = fastsvi.nn.PyroParam(
+        torch.tensor(0.1), constraint=dist.constraints.interval(0.0, 1.0)
+    )
+    guide()
+    assert guide.fused() is None
+    guide.scales.tau = torch.tensor(0.2)  # a new value is nothing else
+    del guide.scales.tau
+    guide.scales.tau = fastsvi.nn.PyroSample(dist.LogNormal(0.0, 1.0))
+    guide()
+    assert guide.fused() is None
+
+
+def test_copies_and_pickles_leave_the_slabs_behind():
+    guide = AutoNormal(eight_schools)
+    svi = make_svi(eight_schools, guide)
+    svi.step()
+    svi.step()
+    for twin in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        assert twin._fused is None
+        assert twin.median().keys() == guide.median().keys()
+
+
+def test_the_minibatch_of_a_bad_step_is_known():
+    """Only one datum is bad: without the subset of that step it would seldom be found again."""
+    data = torch.zeros(1000)
+    data[17] = float("nan")
+
+    def model():
+        x = fastsvi.sample("x", dist.Normal(0.0, 1.0))
+        with fastsvi.plate("data", 1000, subsample_size=20) as index:
+            fastsvi.sample("obs", dist.Normal(x, 1.0), obs=data[index])
+
+    guide = AutoNormal(model, init_loc_fn=lambda site: torch.tensor(0.0))
+    svi = make_svi(model, guide)
+    caught = None
+    fastsvi.set_rng_seed(0)
+    for _ in range(2000):
+        try:
+            svi.step()
+        except NonFiniteError as error:
+            caught = str(error)
+            break
+        except ValueError:  # met in a checked step, which says it all by itself
+            continue
+    assert "site 'obs'" in caught
 
 
 def test_gradients_of_leaves_are_views_of_the_flat_gradient():
