@@ -38,6 +38,8 @@ Estimator = Literal["pathwise", "stl", "entropy"]
 SCALE_MAPS: tuple[str, ...] = get_args(ScaleMap)
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
+_Options = tuple[int, ScaleMap, Estimator]  # number of particles, ...
+
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 # Below this softplus(x) = exp(x) to the last bit of float64, so its log is x.
@@ -182,18 +184,13 @@ def _sample_reference(
     origin: Tensor,
     noise: Tensor | None,
     table: SegmentTable | None,
-    num_particles: int,
-    scale_map: ScaleMap,
-    estimator: Estimator,
+    options: _Options,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Value, log q and, if there is a table, log|det|."""
-    z, log_q = _Sample.apply(
-        loc, raw_scale, key, origin, noise, num_particles, scale_map, estimator
-    )
+    z, log_q = _Sample.apply(loc, raw_scale, key, origin, noise, *options)
     if table is None:
         return z, log_q, None
-    with dispatch.use("torch"):
-        y, log_dets = transforms.constrain_with_log_det(z, table)
+    y, log_dets = transforms.constrain_with_log_det(z, table)
     return y, log_q, log_dets.sum(-1)
 
 
@@ -217,11 +214,14 @@ def _forward_op(
     scale_map: str,
     estimator: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    options = (num_particles, scale_map, estimator)
+    if not dispatch.runs_triton(loc.device):
+        _require_no_table(table)
+        z, log_q = _by_batch(_forward_batch, (loc, raw_scale, key, origin, noise), options)
+        return z, log_q, loc.new_empty(0)
     from fastsvi.kernels.triton import normal as kernels
 
-    return kernels.forward(
-        loc, raw_scale, key, origin, noise, table, kinds, num_particles, scale_map, estimator
-    )
+    return kernels.forward(loc, raw_scale, key, origin, noise, table, kinds, *options)
 
 
 @_forward_op.register_fake
@@ -249,28 +249,54 @@ def _backward_op(
     scale_map: str,
     estimator: str,
 ) -> tuple[Tensor, Tensor]:
+    options = (num_particles, scale_map, estimator)
+    tensors = (loc, raw_scale, key, origin, noise)
+    grads = (grad_value, grad_log_q, grad_log_det)
+    if not dispatch.runs_triton(loc.device):
+        _require_no_table(table)
+        return _by_batch(_backward_batch, (*tensors, *grads[:2]), options)
     from fastsvi.kernels.triton import normal_backward as kernels
 
-    return kernels.backward(
-        loc,
-        raw_scale,
-        key,
-        origin,
-        noise,
-        table,
-        kinds,
-        grad_value,
-        grad_log_q,
-        grad_log_det,
-        num_particles,
-        scale_map,
-        estimator,
-    )
+    return kernels.backward(*tensors, table, kinds, *grads, *options)
 
 
 @_backward_op.register_fake
 def _(loc: Tensor, raw_scale: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return loc.new_empty(loc.shape), loc.new_empty(loc.shape)
+
+
+# CPU rules, for graphs that were captured on a GPU: a call on the CPU never comes here.
+
+
+def _by_batch(function: Any, tensors: tuple[Tensor | None, ...], options: _Options) -> Any:
+    batches = max(x.shape[0] for x in tensors if x is not None)
+    every = [None if x is None else x.expand(batches, *x.shape[1:]) for x in tensors]
+    rows = [
+        function(*(None if x is None else x[b] for x in every), *options) for b in range(batches)
+    ]
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+
+def _forward_batch(loc: Tensor, raw_scale: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    key, origin, noise, num_particles, *maps = args
+    noise = draw_noise(raw_scale, key, origin, num_particles) if noise is None else noise
+    return _forward_reference(loc, raw_scale, noise, *maps)
+
+
+def _backward_batch(loc: Tensor, raw_scale: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    key, origin, noise, grad_z, grad_log_q, num_particles, *maps = args
+    noise = draw_noise(raw_scale, key, origin, num_particles) if noise is None else noise
+    grads = backward_reference(raw_scale, noise, grad_z, grad_log_q, *maps)
+    return tuple(torch.zeros_like(loc) if grad is None else grad for grad in grads)
+
+
+def _require_no_table(table: Sequence[Tensor]) -> None:
+    if len(table):
+        raise dispatch.error(
+            "fastsvi::normal_forward",
+            "this operation has no CPU form with a table; call normal.sample_constrained",
+            table=table[0],
+        )
 
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -361,18 +387,8 @@ def sample(
     >>> torch.allclose(log_q, expected)
     True
     """
-    z, log_q, _ = _sample(
-        "normal.sample",
-        loc,
-        raw_scale,
-        key,
-        origin,
-        noise,
-        None,
-        num_particles,
-        scale_map,
-        estimator,
-    )
+    options = (num_particles, scale_map, estimator)
+    z, log_q, _ = _sample("normal.sample", loc, raw_scale, key, origin, noise, None, options)
     return z, log_q
 
 
@@ -412,9 +428,8 @@ def sample_constrained(
         raise dispatch.error(
             op, "the table must be for the elements and the dtype of loc", table=table, loc=loc
         )
-    y, log_q, log_det = _sample(
-        op, loc, raw_scale, key, origin, noise, table, num_particles, scale_map, estimator
-    )
+    options = (num_particles, scale_map, estimator)
+    y, log_q, log_det = _sample(op, loc, raw_scale, key, origin, noise, table, options)
     return y, log_q, torch.zeros_like(log_q) if log_det is None else log_det
 
 
@@ -426,34 +441,20 @@ def _sample(
     origin: Tensor,
     noise: Tensor | None,
     table: SegmentTable | None,
-    num_particles: int,
-    scale_map: ScaleMap,
-    estimator: Estimator,
+    options: _Options,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    check(op, loc, raw_scale, num_particles, scale_map, estimator, noise)
+    check(op, loc, raw_scale, *options, noise)
     philox.check(op, key, origin)
     if table is not None and table.is_identity:
         table = None
     if dispatch.choose(op, loc, raw_scale, key, origin) == "torch":
-        return _sample_reference(
-            loc, raw_scale, key, origin, noise, table, num_particles, scale_map, estimator
-        )
+        return _sample_reference(loc, raw_scale, key, origin, noise, table, options)
     tensors, kinds = [], 0
     if table is not None:
         tensors = [table.segments.ids, table.kinds, table.shift, table.scale]
         kinds = table.kinds_in_use
-    value, log_q, log_det = _forward_op(
-        loc[None],
-        raw_scale[None],
-        key[None],
-        origin[None],
-        None if noise is None else noise[None],
-        tensors,
-        kinds,
-        num_particles,
-        scale_map,
-        estimator,
-    )
+    batch = (x if x is None else x[None] for x in (loc, raw_scale, key, origin, noise))
+    value, log_q, log_det = _forward_op(*batch, tensors, kinds, *options)
     return value[0], log_q[0], None if table is None else log_det[0]
 
 

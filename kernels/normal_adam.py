@@ -17,7 +17,34 @@ from fastsvi.kernels.normal import Estimator, ScaleMap
 # -------------------------------------------------------------------------------- torch reference
 
 
-def _adam_reference(
+def _reference(
+    loc: Tensor,
+    raw_scale: Tensor,
+    key: Tensor,
+    origin: Tensor,
+    noise: Tensor | None,
+    grad_z: Tensor | None,
+    grad_log_q: Tensor | None,
+    moments: Sequence[Tensor],
+    step: Tensor,  # [F] number of this update
+    lr: Tensor,  # [F or 1]
+    active: Tensor | None,  # bool [F]
+    num_particles: int,
+    scale_map: ScaleMap,
+    estimator: Estimator,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    if noise is None:
+        noise = normal.draw_noise(raw_scale, key, origin, num_particles)
+    grads = normal.backward_reference(raw_scale, noise, grad_z, grad_log_q, scale_map, estimator)
+    shared = (step[:, None], lr[:, None], None if active is None else active[:, None], betas, eps)
+    params, means, squares = (loc, raw_scale), moments[::2], moments[1::2]
+    for param, grad, mean, square in zip(params, grads, means, squares, strict=True):
+        _adam(param, grad, mean, square, *shared)
+
+
+def _adam(
     param: Tensor,
     grad: Tensor | None,
     mean: Tensor,
@@ -65,26 +92,15 @@ def _backward_adam_op(
     beta_2: float,
     eps: float,
 ) -> None:
+    drawn = (key, origin, noise, grad_z, grad_log_q)
+    update = (moments, step, lr, active)
+    options = (num_particles, scale_map, estimator, (beta_1, beta_2), eps)
+    if not dispatch.runs_triton(loc.device):
+        _reference(loc, raw_scale, *drawn, *update, *options)
+        return
     from fastsvi.kernels.triton import normal_adam as kernels
 
-    kernels.backward_adam(
-        loc,
-        raw_scale,
-        key,
-        origin,
-        noise,
-        grad_z,
-        grad_log_q,
-        moments,
-        step,
-        lr,
-        active,
-        num_particles,
-        scale_map,
-        estimator,
-        (beta_1, beta_2),
-        eps,
-    )
+    kernels.backward_adam(loc, raw_scale, *drawn, *update, *options)
 
 
 # -------------------------------------------------------------------------------- public function
@@ -135,7 +151,7 @@ def backward_adam_(
     >>> loc
     tensor([[0.9000, 0.9000, 0.9000]])
     """
-    op = "normal.backward_adam_"
+    op = "normal_adam.backward_adam_"
     normal.check(op, loc, raw_scale, num_particles, scale_map, estimator, noise)
     philox.check(op, key, origin)
     lr = lr if isinstance(lr, Tensor) else torch.full((1,), lr, dtype=loc.dtype, device=loc.device)
@@ -143,33 +159,13 @@ def backward_adam_(
     others = [x for x in (grad_z, grad_log_q, active) if x is not None]
     form = dispatch.choose(op, loc, raw_scale, key, origin, step, lr, *moments, *others)
     step.add_(1 if active is None else active)
-    if form != "torch":
-        _backward_adam_op(
-            loc,
-            raw_scale,
-            moments,
-            key,
-            origin,
-            noise,
-            grad_z,
-            grad_log_q,
-            step,
-            lr,
-            active,
-            num_particles,
-            scale_map,
-            estimator,
-            *betas,
-            eps,
-        )
-        return
-    noise = normal.draw_noise(raw_scale, key, origin, num_particles) if noise is None else noise
-    grads = normal.backward_reference(raw_scale, noise, grad_z, grad_log_q, scale_map, estimator)
-    shared = (step[:, None], lr[:, None], None if active is None else active[:, None], betas, eps)
-    for param, grad, mean, square in zip(
-        (loc, raw_scale), grads, moments[::2], moments[1::2], strict=True
-    ):
-        _adam_reference(param, grad, mean, square, *shared)
+    arguments = (key, origin, noise, grad_z, grad_log_q)
+    update = (step, lr, active)
+    options = (num_particles, scale_map, estimator)
+    if form == "torch":
+        _reference(loc, raw_scale, *arguments, moments, *update, *options, betas, eps)
+    else:
+        _backward_adam_op(loc, raw_scale, moments, *arguments, *update, *options, *betas, eps)
 
 
 def _check(

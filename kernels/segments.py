@@ -21,8 +21,8 @@ from fastsvi.kernels import dispatch
 TILE = 1024
 
 
-# Walking over pieces of a buffer beats gathering its elements where the pieces are so long; but only
-# so many, for a captured step holds some nodes for each.
+# Walking over pieces of a buffer beats gathering its elements where the pieces are so long; but
+# only over so many, for a captured step holds some nodes for each.
 _LONG_PIECE = 2048
 _MAX_LONG_PIECES = 64
 

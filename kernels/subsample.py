@@ -133,11 +133,14 @@ def _indices_op(
     size: int,
     subsample_size: int,
 ) -> Tensor:
-    from fastsvi.kernels.triton import subsample as kernels
-
     batches = max(key.shape[0], origin.shape[0])
-    counts = (batches, num_steps, num_fits, num_particles)
-    return kernels.indices(key, origin, counts, size, subsample_size)
+    counts = (num_steps, num_fits, num_particles)
+    if dispatch.runs_triton(key.device):
+        from fastsvi.kernels.triton import subsample as kernels
+
+        return kernels.indices(key, origin, (batches, *counts), size, subsample_size)
+    pairs = zip(key.expand(batches, 2), origin.expand(batches, 4), strict=True)
+    return torch.stack([_reference(k, o, *counts, size, subsample_size) for k, o in pairs])
 
 
 @_indices_op.register_fake

@@ -240,6 +240,20 @@ def minus(a: Operand, b: Tensor) -> Tensor:
     return a - b if isinstance(a, Tensor) else torch.rsub(b, a)
 
 
+def minus_product(a: Operand, b: Tensor, c: Operand) -> Tensor:
+    """``a - b * c`` in one operation."""
+    if isinstance(a, Tensor):
+        if isinstance(c, Tensor):
+            return torch.addcmul(a, b, c, value=-1)
+        return torch.sub(a, b, alpha=c)
+    return torch.rsub(b * c, a) if isinstance(c, Tensor) else torch.rsub(b, a, alpha=c)
+
+
+def half_inverse_square(scale: float) -> float:
+    """``1 / (2 scale**2)`` of a number, infinite for 0 as a tensor's would be."""
+    return 0.5 / scale**2 if scale else math.inf
+
+
 def standardize(value: Tensor, loc: Operand, scale: Operand) -> Tensor:
     """``(value - loc) / scale`` without the operations that change nothing."""
     if isinstance(loc, Tensor) or loc != 0.0:

@@ -14,6 +14,7 @@ from fastsvi.distributions.elementwise import (
     derived,
     lgamma,
     log,
+    minus_product,
     parameter,
 )
 from fastsvi.distributions.noise import blank, dirichlet
@@ -56,7 +57,7 @@ class Gamma(Elementwise, torch.distributions.Gamma, TorchDistribution):
         value = self._prepare(value)
         concentration, rate = self._concentration, self._rate
         normalizer = concentration * log(rate) - lgamma(concentration)
-        return torch.xlogy(concentration - 1.0, value) + normalizer - value * rate
+        return minus_product(torch.xlogy(concentration - 1.0, value) + normalizer, value, rate)
 
 
 class Chi2(torch.distributions.Chi2, Gamma):
@@ -104,8 +105,7 @@ class Exponential(Elementwise, torch.distributions.Exponential, TorchDistributio
 
     def log_prob(self, value: Any) -> Tensor:
         """Log-density of ``value``; shape ``sample_shape + batch_shape``."""
-        value = self._prepare(value)
-        return log(self._rate) - value * self._rate
+        return minus_product(log(self._rate), self._prepare(value), self._rate)
 
 
 class Dirichlet(Lenient, torch.distributions.Dirichlet, TorchDistribution):

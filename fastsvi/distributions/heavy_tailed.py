@@ -95,7 +95,7 @@ class HalfCauchy(Elementwise, torch.distributions.HalfCauchy, TransformedDistrib
         """Log-density of ``value``, ``-inf`` below 0; shape ``sample_shape + batch_shape``."""
         value = self._prepare(value)
         log_prob = _log_cauchy(value, 0.0, self._scale, math.log(2 / math.pi))
-        return torch.where(value >= 0, log_prob, -math.inf)
+        return log_prob.masked_fill(value < 0, -math.inf)
 
 
 class Laplace(Elementwise, torch.distributions.Laplace, TorchDistribution):
@@ -122,8 +122,11 @@ class Laplace(Elementwise, torch.distributions.Laplace, TorchDistribution):
 
     def log_prob(self, value: Any) -> Tensor:
         """Log-density of ``value``; shape ``sample_shape + batch_shape``."""
-        z = standardize(self._prepare(value), self._loc, self._scale)
-        return minus(minus_log(self._scale, -math.log(2)), z.abs())
+        distance = standardize(self._prepare(value), self._loc, 1.0).abs()
+        scale, normalizer = self._scale, minus_log(self._scale, -math.log(2))
+        if isinstance(scale, Tensor):
+            return normalizer - distance / scale
+        return torch.rsub(distance, normalizer, alpha=1 / scale if scale else math.nan)
 
 
 class StudentT(Elementwise, torch.distributions.StudentT, TorchDistribution):
@@ -164,7 +167,8 @@ class StudentT(Elementwise, torch.distributions.StudentT, TorchDistribution):
         """Log-density of ``value``; shape ``sample_shape + batch_shape``."""
         df = self._df
         z = standardize(self._prepare(value), self._loc, self._scale)
-        half = 0.5 * (df + 1.0)
-        normalizer = lgamma(half) - lgamma(0.5 * df) - 0.5 * log(df)
+        half_df = 0.5 * df
+        half = half_df + 0.5
+        normalizer = lgamma(half) - lgamma(half_df) - 0.5 * log(df)
         normalizer = minus_log(self._scale, -0.5 * math.log(math.pi)) + normalizer
         return minus(normalizer, torch.log1p(z.square() / df) * half)

@@ -14,7 +14,8 @@ from fastsvi.distributions.elementwise import (
     Elementwise,
     Operand,
     derived,
-    minus_log,
+    half_inverse_square,
+    log,
     parameter,
     standardize,
 )
@@ -29,14 +30,14 @@ _LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)
 
 def _log_density(value: Tensor, loc: Operand, scale: Operand, constant: float) -> Tensor:
     """``constant - log scale - z**2 / 2`` with ``z = (value - loc) / scale``."""
-    normalizer = minus_log(scale, constant)
-    if isinstance(normalizer, Tensor):
+    if isinstance(scale, Tensor):
         z = standardize(value, loc, scale)
-        return torch.addcmul(normalizer, z, z, value=-0.5)
-    # Number scale: sqrt(1/2) is folded into it, so that the square needs no factor.
+        return torch.addcmul(torch.rsub(scale.log(), constant), z, z, value=-0.5)
     if isinstance(loc, Tensor) or loc != 0.0:
         value = value - loc
-    return torch.rsub((value * (math.sqrt(0.5) / scale)).square(), normalizer)
+    # A factor inside the subtraction costs less than an operation of its own.
+    normalizer = constant - log(scale)
+    return torch.rsub(value.square(), normalizer, alpha=half_inverse_square(scale))
 
 
 def _draw(loc: Operand, scale: Operand, noise: Tensor) -> Tensor:
@@ -146,4 +147,4 @@ class HalfNormal(Elementwise, torch.distributions.HalfNormal, TransformedDistrib
         """Log-density of ``value``, ``-inf`` below 0; shape ``sample_shape + batch_shape``."""
         value = self._prepare(value)
         log_prob = _log_density(value, 0.0, self._scale, math.log(2) - _LOG_ROOT_2PI)
-        return torch.where(value >= 0, log_prob, -math.inf)
+        return log_prob.masked_fill(value < 0, -math.inf)

@@ -60,6 +60,6 @@ class Uniform(Elementwise, torch.distributions.Uniform, TorchDistribution):
         value = self._prepare(value)
         inside = (value >= self._low) & (value < self._high)
         height = -log(self._high - self._low)
-        if not isinstance(height, Tensor):
-            height = torch.tensor(height, **self._options())
-        return torch.where(inside, height, -math.inf)
+        if isinstance(height, Tensor):
+            return torch.where(inside, height, -math.inf)
+        return torch.full_like(value, -math.inf).masked_fill(inside, height)

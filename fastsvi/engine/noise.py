@@ -44,6 +44,11 @@ class Seed:
         return self._drawn
 
     @property
+    def generation(self) -> int:
+        """Changes when a seed that was drawn is forgotten."""
+        return 0 if self._given is not None else Seed._forgotten
+
+    @property
     def is_current(self) -> bool:
         """Whether :attr:`value` has been drawn and still stands."""
         return self._given is not None or self._drawn_at == Seed._forgotten
@@ -85,6 +90,7 @@ class NoiseStream:
         self.stream = stream
         self.step = step
         self._shape: tuple[int, int, torch.dtype, torch.device] | None = None
+        self._generation: int | None = None  # of the seed, when it was last used
         self._key: Tensor
         self._origin: Tensor
         self._one_step: Tensor  # on a GPU
@@ -95,7 +101,12 @@ class NoiseStream:
     ) -> Draw:
         """The noise of this step, ``[1, P, D]``; the stream then stands at the next step."""
         shape = (num_particles, num_elements, dtype, device)
-        if shape != self._shape or not self.seed.is_current:
+        if self._generation != self.seed.generation:
+            if self._generation is not None:
+                self.step = 0  # another seed: from its beginning
+            self._generation = self.seed.generation
+            self._prepare(*shape)
+        elif shape != self._shape:
             self._prepare(*shape)
         step = self.step
         self.step = step + 1

@@ -65,7 +65,8 @@ class CapturedStep:
     """
 
     def __init__(self, svi: SVI, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.svi = svi
+        self._arguments = (*args, *kwargs.values())
+        self._names = tuple(kwargs)
         program, elbo = svi._program, svi.elbo
         if program is None or elbo is None or not elbo._takes_densities:
             raise CaptureError("this loss is not captured yet; Trace_ELBO is")
@@ -167,6 +168,16 @@ class CapturedStep:
             and self.guide.refresh()
             and noise.seed.is_current
             and settings.get("validate") != "always"
+        )
+
+    def serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the step was captured for these very arguments and is still current."""
+        arguments = (*args, *kwargs.values())
+        return (
+            self._names == tuple(kwargs)
+            and len(arguments) == len(self._arguments)
+            and all(a is b for a, b in zip(arguments, self._arguments, strict=True))
+            and self.is_current()
         )
 
     def run(self, num_steps: int) -> Tensor:

@@ -104,11 +104,16 @@ class Runner:
     # ---------------------------------------------------------------------------------- native
 
     def _capture(self) -> None:
+        kept = self.svi._captured
+        if kept is not None and kept.serves(self.args, self.kwargs):
+            self._captured = kept
+            return
         try:
             self._captured = CapturedStep(self.svi, self.args, self.kwargs)
         except CaptureError as error:
             self._give_up(error)
             return
+        self.svi._captured = self._captured
         self._builder = threading.Thread(target=self._build, args=(self._captured,), daemon=True)
         self._builder.start()
 
@@ -166,7 +171,7 @@ class Runner:
         return losses
 
     def _give_up(self, error: CaptureError) -> None:
-        self._captured = None
+        self._captured = self.svi._captured = None
         self._ready = False
         self.obstacle = str(error)
         if self.compile is True:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsvi import poutine, settings
 from fastsvi.errors import ConstraintError, DtypeError, FastSVIError, NonFiniteError, describe
+from fastsvi.infer.captured import CapturedStep
 from fastsvi.infer.deferred import DeferredChecks
 from fastsvi.infer.elbo import ELBO
 from fastsvi.infer.elbo.program import Program, all_leaves, leaves_of, total_loss, values_of
@@ -125,6 +126,7 @@ class SVI:
                 if seed is not None:
                     self._program.set_seed(seed)
         self._targets = Targets()
+        self._captured: CapturedStep | None = None  # of the latest run
 
     # ------------------------------------------------------------------------------------ steps
 
@@ -144,7 +146,11 @@ class SVI:
         return _as_number(self._advance(args, kwargs))
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """An estimate of the loss without a step, as a float. Leaves later steps as they are."""
+        """An estimate of the loss without a step, as a float.
+
+        Noise that the engine draws comes from a stream of its own, so training goes on as if the
+        loss had not been asked for; a hand-written guide draws from torch's generator.
+        """
         with torch.no_grad():
             return _as_number(self.loss(self.model, self.guide, *args, **kwargs))
 

@@ -34,6 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastsvi.errors import FastSVIWarning, MissingParamError
 from fastsvi.params.layout import Layout
+from fastsvi.params.slab import Move, Slab, moves_between, rows
 
 # A cache line; also what cuBLAS and 128-bit loads like. Small parameters are packed tightly: for
 # them the gaps would cost more than the alignment gains.
@@ -73,11 +74,11 @@ class Buffer:
         self._constraints: dict[str, Constraint] = {}
         self._pending: dict[str, None] = {}  # an ordered set: leaves still in their own memory
         self._has_gaps = False
-        self._groups: dict[str, tuple[str, ...]] = {}
+        self._groups: dict[str, dict[str, None]] = {}  # name -> the members of its group
         self._layout = Layout()
-        self._values = _Slab(0.0, device, dtype)
+        self._values = Slab(0.0, device, dtype)
         self._seen_version = 0
-        self._grads: _Slab | None = None
+        self._grads: Slab | None = None
         self._grad_views: list[Tensor] = []
         self._ordered: list[Tensor] = []
         self._pointers: list[int] = []
@@ -110,7 +111,7 @@ class Buffer:
         """Gradients in unconstrained space, ``[N]``; the leaves' own after :meth:`bind_grads`."""
         self.settle()
         if self._grads is None:
-            self._grads = _Slab(0.0, self.device, self.dtype)
+            self._grads = Slab(0.0, self.device, self.dtype)
             self._grads.relocate([], self._values.capacity)
         return self._grads.view(self._layout.size)
 
@@ -187,26 +188,26 @@ class Buffer:
         Raises:
             MissingParamError: a name is not in this buffer, or is given twice.
         """
-        names = tuple(names)
-        for index, name in enumerate(names):
-            if name not in self._leaves or name in names[:index]:
-                raise MissingParamError(
-                    f"arrange needs distinct params of {self!r}, found {name!r} "
-                    f"{'twice' if name in self._leaves else 'which is not in it'}; register every "
-                    "param first, with one dtype on one device"
-                )
+        group = dict.fromkeys(names)
+        if len(group) < len(names) or not group.keys() <= self._leaves.keys():
+            wrong = [n for n in names if n not in self._leaves] or [f"{names} with a name twice"]
+            raise MissingParamError(
+                f"arrange needs distinct params of {self!r}, found {wrong[0]!r}; register every "
+                "param first, with one dtype on one device"
+            )
         self.settle()
-        if not names:
+        if not group:
             return slice(0, 0)
-        if any(self._groups.get(name) != names for name in names):
-            for name in names:
+        first, last = names[0], names[-1]
+        if list(self._groups.get(first, ())) != list(group):
+            for name in group:
                 self._leave_group(name)
-            self._groups.update(dict.fromkeys(names, names))
+            self._groups.update(dict.fromkeys(group, group))
             if not self._is_arranged(names):
                 self._has_gaps = True
                 self._changed()
                 self.settle()
-        return slice(self._layout[names[0]].offset, self._layout[names[-1]].stop)
+        return slice(self._layout[first].offset, self._layout[last].stop)
 
     def sync(self) -> None:
         """Take back leaves whose memory was exchanged (``p.data = ...``, ``module.double()``).
@@ -215,8 +216,7 @@ class Buffer:
         belongs to, where companions start afresh.
         """
         self.settle()
-        if self._values.memory._version != self._seen_version:
-            self.touch()  # somebody wrote to flat and did not say so; late is better than never
+        self._notice_writes()
         self._take_back()
         self.settle()
 
@@ -275,6 +275,7 @@ class Buffer:
             return False
         # Memory made under inference_mode could never be used for training.
         with torch.inference_mode(False), torch.no_grad():
+            self._notice_writes()
             self._expel_strays()
             if self._has_gaps or self._must_grow():
                 self._take_back()  # a move from the old place would undo an exchange of memory
@@ -297,13 +298,13 @@ class Buffer:
         for name in self._leaves:
             if name not in done:
                 group = self._groups.get(name)
-                members = group or (name,)
+                members = list(group or (name,))
                 align = self._alignment(members, always=group is not None)
                 for index, member in enumerate(members):
                     shape = self._leaves[member].shape
                     new.append(member, shape, self._constraints[member], 1 if index else align)
                 done.update(members)
-        self._move(_moves(old, new), new, capacity=new.size)
+        self._move(moves_between(old, new), new, capacity=new.size)
         self._layout = new
         self._rebind(list(new), first_row=0)
 
@@ -329,7 +330,7 @@ class Buffer:
         else:
             self._rebind(list(self._pending), first_row)
 
-    def _move(self, moves: list[_Move], layout: Layout, capacity: int) -> None:
+    def _move(self, moves: list[Move], layout: Layout, capacity: int) -> None:
         bound = self._bound_leaves()
         self._grad_views = []
         for slab in (self._values, self._grads, *(c._slab for c in self._companions)):
@@ -348,7 +349,7 @@ class Buffer:
 
     def _rebind(self, names: list[str], first_row: int) -> None:
         """Point the named leaves at their rows, and bring in what newcomers have."""
-        pieces = _rows(self._values.memory, self._layout, first_row)
+        pieces = rows(self._values.memory, self._layout, first_row)
         companions = list(self._companions)
         for name in names:
             segment = self._layout[name]
@@ -363,6 +364,13 @@ class Buffer:
         if first_row == 0:
             self._forget_places()
         self._note_places(names)
+
+    def _notice_writes(self) -> None:
+        """Somebody wrote to ``flat`` and did not say so; to say it late is better than never."""
+        version = self._values.memory._version
+        if version != self._seen_version:
+            increment_version(self._ordered)
+            self._seen_version = version
 
     def _take_back(self) -> None:
         """Bring leaves whose memory was exchanged back to their places, with their values."""
@@ -426,7 +434,7 @@ class Buffer:
         )
 
     def _views(self, flat: Tensor, layout: Layout) -> list[Tensor]:
-        pieces = _rows(flat, layout, 0)
+        pieces = rows(flat, layout, 0)
         return [pieces[s.row].view(s.shape) for s in layout.values()]
 
     def _alignment(self, members: Sequence[str], always: bool = False) -> int:
@@ -441,10 +449,9 @@ class Buffer:
         return aligned and all(a.stop == b.offset for a, b in pairwise(segments))
 
     def _leave_group(self, name: str) -> None:
-        group = self._groups.pop(name, ())
-        rest = tuple(member for member in group if member != name)
-        for member in rest:
-            self._groups[member] = rest
+        group = self._groups.pop(name, None)
+        if group is not None:
+            del group[name]
 
 
 class Companion:
@@ -453,7 +460,7 @@ class Companion:
     def __init__(self, buffer: Buffer, fill: float, dtype: torch.dtype) -> None:
         self.buffer = buffer
         self.fill = fill
-        self._slab = _Slab(fill, buffer.device, dtype)
+        self._slab = Slab(fill, buffer.device, dtype)
         self._slab.relocate([], buffer._values.capacity)
         self._parked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -474,56 +481,8 @@ class Companion:
         return leaf in self._parked
 
 
-_Move = tuple[int, int, int]  # first element before, first element after, how many
-
-
-class _Slab:
-    """Memory of one flat tensor, with room to grow; entries that nobody has are ``fill``."""
-
-    def __init__(self, fill: float, device: torch.device, dtype: torch.dtype) -> None:
-        self.fill = fill
-        self.memory = torch.empty(0, device=device, dtype=dtype)
-
-    @property
-    def capacity(self) -> int:
-        return self.memory.numel()
-
-    def view(self, size: int) -> Tensor:
-        return self.memory[:size]
-
-    def relocate(self, moves: Sequence[_Move], capacity: int) -> None:
-        """Always into new memory: somebody may still look at the old."""
-        with torch.inference_mode(False), torch.no_grad():
-            memory = self.memory.new_full((capacity,), self.fill)
-            for before, after, count in moves:
-                memory[after : after + count] = self.memory[before : before + count]
-            self.memory = memory
-
-
-def _rows(memory: Tensor, layout: Layout, first_row: int) -> tuple[Tensor, ...]:
-    """Pieces of flat memory, one per row from ``first_row`` on."""
-    bounds = layout.boundaries[first_row:]
-    sizes = [stop - start for start, stop in pairwise(bounds)]
-    return memory[bounds[0] : bounds[-1]].split(sizes) if sizes else ()
-
-
-def _moves(old: Layout, new: Layout) -> list[_Move]:
-    """Copies that carry the segments common to both layouts over, adjacent ones joined."""
-    moves: list[_Move] = []
-    for name, segment in new.items():
-        if name in old:
-            before, after, count = old[name].offset, segment.offset, segment.numel
-            if moves:
-                b, a, c = moves[-1]
-                if (b + c, a + c) == (before, after):
-                    moves[-1] = (b, a, c + count)
-                    continue
-            moves.append((before, after, count))
-    return moves
-
-
 def _warn_of_shared_memory(
-    pending: dict[str, None], leaves: dict[str, Tensor], values: _Slab, layout: Layout
+    pending: dict[str, None], leaves: dict[str, Tensor], values: Slab, layout: Layout
 ) -> None:
     """Newcomers that share memory with each other, a settled leaf or another process."""
     spans = []

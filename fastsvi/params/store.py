@@ -23,55 +23,46 @@ import warnings
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions import constraints as tc
 from torch.distributions.constraints import Constraint
 
 from fastsvi.errors import (
-    DtypeError,
     FastSVIError,
     FastSVIWarning,
     MissingParamError,
     describe,
 )
-from fastsvi.kernels.transforms import SegmentTable
 from fastsvi.params import flat_read
 from fastsvi.params.bound import BoundDistribution, bind
 from fastsvi.params.buffer import Buffer
 from fastsvi.params.checkpoint import PathLike
-from fastsvi.params.layout import Segment
+from fastsvi.params.registry import Registry, as_leaf
 from fastsvi.params.relocation import MapLocation
 from fastsvi.params.state_file import StateDict, load_state, save_state
-from fastsvi.params.transforms import Reader, coding_of, make_leaf
-from fastsvi.params.views import LeafRef, LiveConstraints, LiveLeaves
+from fastsvi.params.transforms import coding_of, make_leaf
 
 Init = Tensor | Callable[[], Tensor]
-BufferKey = tuple[torch.device, torch.dtype]
 
 
 class StoreStateError(FastSVIError, ValueError, AssertionError):
     """A state that :meth:`ParamStore.set_state` cannot take."""
 
 
-class _Entry(NamedTuple):
-    leaf: Tensor
-    ref: LeafRef
-    read: Reader | None  # None where the leaf itself is the constrained value
-
-
-class ParamStore:
+class ParamStore(Registry):
     """Parameters by name, with the interface of Pyro's ``ParamStoreDict``.
 
     Like a dict of **constrained** values; but :meth:`named_parameters` gives the **unconstrained**
     leaves, for optimizers. All leaves of one device and dtype lie in one flat
     :class:`~fastsvi.params.buffer.Buffer`.
 
+    >>> import torch
+    >>> from torch.distributions import constraints
     >>> store = ParamStore()
-    >>> scale = store.setdefault("scale", torch.tensor([1.0, 2.0]), tc.positive)
+    >>> scale = store.setdefault("scale", torch.tensor([1.0, 2.0]), constraints.positive)
     >>> store["scale"]  # constrained
     tensor([1., 2.], grad_fn=<ExpBackward0>)
     >>> store.leaf("scale")  # unconstrained: the logarithm
@@ -82,16 +73,7 @@ class ParamStore:
     """
 
     def __init__(self) -> None:
-        self._changes = 0
-        self._entries: dict[str, _Entry] = {}
-        # Pyro's programs know the next three by these names.
-        self._params = LiveLeaves(self)
-        self._param_to_name: dict[Tensor, str] = {}
-        self._constraints = LiveConstraints(self)
-        self._buffers: dict[BufferKey, Buffer] = {}
-        self._homes: dict[str, Buffer] = {}
-        self._owners: dict[str, str] = {}  # further names of a leaf -> the name its segment has
-        self._plans: dict[Buffer, flat_read.Plan] = {}
+        super().__init__()
         self._warned: set[str] = set()
 
     # --- a dict of constrained values -------------------------------------------------------
@@ -154,21 +136,11 @@ class ParamStore:
         if name not in self._entries:
             raise self._missing(name)
         self._drop(name)
-        self._constraints._forget(name)
 
     def clear(self) -> None:
         """Delete all parameters."""
-        self._entries.clear()
-        self._params._forget_all()
-        self._param_to_name.clear()
-        self._constraints._forget_all()
-        self._homes.clear()
-        self._owners.clear()
+        super().clear()
         self._warned.clear()
-        self._plans.clear()
-        for buffer in self._buffers.values():
-            buffer.clear()
-        self._changes += 1
 
     def setdefault(self, name: str, init: Init, constraint: Constraint = tc.real) -> Tensor:
         """Constrained value of ``name``, which is first made from ``init`` if it is not there.
@@ -251,14 +223,6 @@ class ParamStore:
         """
         return flat_read.constrain_flat(flat, self._plan(buffer))
 
-    def table(self, buffer: Buffer) -> SegmentTable:
-        """The elementwise constraints of a buffer, one row for each row of its layout.
-
-        Gaps, and parameters whose constraint is not elementwise with scalar bounds, have identity
-        rows.
-        """
-        return self._plan(buffer).table
-
     def distribution(
         self,
         family: Callable[..., Distribution],
@@ -286,6 +250,7 @@ class ParamStore:
             ConstraintError, DtypeError, ShapeError: an argument cannot be a parameter; the
                 message names it, and the store is as it was.
 
+        >>> import torch
         >>> store = ParamStore()
         >>> q = store.distribution(torch.distributions.Gamma, "q", concentration=2.0, rate=1.0)
         >>> q.log_prob(torch.tensor(1.0)).backward()
@@ -298,11 +263,6 @@ class ParamStore:
         return bind(self, family, prefix, fixed or {}, constraints or {}, arguments)
 
     # --- unconstrained leaves ---------------------------------------------------------------
-
-    @property
-    def version(self) -> int:
-        """Changes whenever a parameter comes, goes, moves or gets another constraint."""
-        return self._changes + sum(buffer.version for buffer in self._buffers.values())
 
     def leaf(self, name: str) -> Tensor:
         """The UNCONSTRAINED leaf: one object from registration to deletion.
@@ -321,8 +281,10 @@ class ParamStore:
         A parameter with the constraint ``positive`` shows up here as its logarithm. For the values
         that a model sees use :meth:`items`.
 
+        >>> import torch
+        >>> from torch.distributions import constraints
         >>> store = ParamStore()
-        >>> scale = store.setdefault("scale", torch.tensor(1.0), tc.positive)
+        >>> scale = store.setdefault("scale", torch.tensor(1.0), constraints.positive)
         >>> [(name, leaf.item()) for name, leaf in store.named_parameters()]
         [('scale', 0.0)]
         >>> [(name, value.item()) for name, value in store.items()]
@@ -343,31 +305,6 @@ class ParamStore:
         if name not in self._entries:
             raise self._missing(name)
         return self._constraints[name]
-
-    @property
-    def buffers(self) -> dict[BufferKey, Buffer]:
-        """The flat buffers by (device, dtype). Asking moves all leaves into them."""
-        self._settle()
-        return {key: buffer for key, buffer in self._buffers.items() if len(buffer.layout)}
-
-    def locate(self, leaf: Tensor) -> tuple[Buffer, Segment] | None:
-        """Buffer and segment of a leaf (told by identity), or None if the store does not have it.
-
-        Of a leaf with two names the segment bears the first.
-        """
-        name = self._param_to_name.get(leaf)
-        if name is None or not self._holds(name, leaf):
-            return None
-        self._settle()
-        name = self._owners.get(name, name)
-        buffer = self._homes[name]
-        return buffer, buffer.layout[name]
-
-    def sync(self) -> None:
-        """Take back leaves whose memory was exchanged from outside; see :meth:`Buffer.sync`."""
-        for buffer in list(self._buffers.values()):
-            buffer.sync()
-        self._settle()
 
     # --- state and files --------------------------------------------------------------------
 
@@ -406,7 +343,7 @@ class ParamStore:
             constraint = constraints[name]
             # An unpickled "real" is another object than the one that programs compare with.
             is_real = isinstance(constraint, type(tc.real))
-            self._put(name, _as_leaf(leaf), tc.real if is_real else constraint)
+            self._put(name, as_leaf(leaf), tc.real if is_real else constraint)
 
     @contextmanager
     def scope(self, state: StateDict | None = None) -> Iterator[StateDict]:
@@ -416,6 +353,7 @@ class ParamStore:
         and what holds its parameters afterwards. Then the store is as it was before; after an
         exception ``state`` is not updated.
 
+        >>> import torch
         >>> store = ParamStore()
         >>> outer = store.setdefault("x", torch.zeros(1))
         >>> with store.scope() as other:
@@ -509,101 +447,10 @@ class ParamStore:
             )
         self[param_name] = new_param
 
-    # --- bookkeeping ------------------------------------------------------------------------
-
-    def _put(self, name: str, leaf: Tensor, constraint: Constraint) -> None:
-        """Make ``leaf`` the leaf of ``name``; the only way in."""
-        coding = coding_of(constraint, name)
-        entry = self._entries.get(name)
-        if entry is not None:
-            if entry.leaf is leaf and self._constraints.get(name) is constraint:
-                return
-            self._drop(name, keep_place=True)
-        self._entries[name] = _Entry(leaf, LeafRef(leaf), coding.read)
-        self._params._record(name, leaf)
-        self._constraints._record(name, constraint)
-        other = self._param_to_name.get(leaf)
-        self._param_to_name[leaf] = name
-        if other is not None and other != name and self._holds(other, leaf):
-            self._owners[name] = self._owners.get(other, other)
-        else:
-            self._house(name, leaf)
-        self._changes += 1
-
-    def _drop(self, name: str, keep_place: bool = False) -> None:
-        """Forget the leaf of ``name``, unless it has another name; the only way out."""
-        leaf = self._entries[name].leaf
-        if not keep_place:  # in the order of the dictionaries
-            del self._entries[name]
-            self._params._forget(name)
-        heirs = [other for other, owner in self._owners.items() if owner == name]
-        owner = self._owners.pop(name, None)
-        if owner is None:
-            self._homes.pop(name).remove(name)
-            if heirs:
-                owner = heirs[0]
-                del self._owners[owner]
-                self._owners.update(dict.fromkeys(heirs[1:], owner))
-                self._house(owner, leaf)
-        if owner is None:
-            self._param_to_name.pop(leaf, None)
-        elif self._param_to_name.get(leaf) == name:
-            self._param_to_name[leaf] = owner
-        self._changes += 1
-
-    def _holds(self, name: str, leaf: Tensor) -> bool:
-        """Programs may write to ``_param_to_name``, so it is not taken at its word."""
-        entry = self._entries.get(name)
-        return entry is not None and entry.leaf is leaf
-
-    def _house(self, name: str, leaf: Tensor) -> None:
-        key = (leaf.device, leaf.dtype)
-        buffer = self._buffers.get(key)
-        if buffer is None:
-            buffer = self._buffers[key] = Buffer(*key, on_stray=self._take_stray)
-        buffer.add(name, leaf, self._constraints[name])
-        self._homes[name] = buffer
-
-    def _take_stray(self, name: str, leaf: Tensor) -> None:
-        """A leaf has changed its dtype or device and left its buffer."""
-        self._house(name, leaf)
-        self._changes += 1
-
-    def _settle(self) -> None:
-        """Until no buffer has newcomers: settling one may send a stray to another."""
-        moved = True
-        while moved:
-            moved = False
-            for buffer in list(self._buffers.values()):
-                moved |= buffer.settle()
-
-    def _adopt(self, name: str, leaf: Any) -> None:
-        """``store._params[name] = leaf``."""
-        if not isinstance(leaf, Tensor):
-            raise DtypeError(
-                f"param {name!r} needs an unconstrained tensor, found {describe(leaf)}"
-            )
-        self._put(name, _as_leaf(leaf), self._constraints.get(name, tc.real))
-
-    def _constrain(self, name: str, constraint: Constraint) -> None:
-        """``store._constraints[name] = constraint``."""
-        entry = self._entries.get(name)
-        if entry is not None:
-            self._entries[name] = entry._replace(read=coding_of(constraint, name).read)
-            if name in self._homes:
-                self._homes[name].constrain(name, constraint)
-            self._changes += 1
-        self._constraints._record(name, constraint)
-
-    def _plan(self, buffer: Buffer) -> flat_read.Plan:
-        buffer.settle()
-        plan = self._plans.get(buffer)
-        if plan is None or plan.version != buffer.version:
-            plan = self._plans[buffer] = flat_read.plan_of(buffer)
-        return plan
+    # --- messages ---------------------------------------------------------------------------
 
     def _missing(self, name: object) -> MissingParamError:
-        close = difflib.get_close_matches(str(name), islice(self._params, 256), n=3)
+        close = difflib.get_close_matches(str(name), map(str, islice(self._params, 256)), n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "register it first"
         return MissingParamError(f"there is no param {name!r} among {len(self)}; {hint}")
 
@@ -617,7 +464,3 @@ class ParamStore:
                 FastSVIWarning,
                 stacklevel=3,
             )
-
-
-def _as_leaf(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_leaf else tensor.detach().clone().requires_grad_()

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from numbers import Real
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -54,7 +54,7 @@ def coding_of(constraint: Constraint, name: str) -> Coding:
         UnknownConstraintError: ``transform_to`` has nothing for it.
     """
     factory = _factory(constraint)
-    known = _codings.get(constraint)
+    known = _codings.get(constraint) if isinstance(constraint, Hashable) else None
     if known is not None and known[0] is factory:
         return known[1]
     try:
@@ -68,7 +68,8 @@ def coding_of(constraint: Constraint, name: str) -> Coding:
         ) from error
     affine = _as_affine(transform)
     coding = Coding(transform, _reader(transform, affine), affine)
-    _codings[constraint] = (factory, coding)
+    if isinstance(constraint, Hashable):
+        _codings[constraint] = (factory, coding)
     return coding
 
 

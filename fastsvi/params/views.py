@@ -6,6 +6,7 @@ with the store: reading costs nothing extra, writing goes through the store.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 if TYPE_CHECKING:
-    from fastsvi.params.store import ParamStore
+    from fastsvi.params.registry import Registry
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class _LiveDict(dict[str, T], Generic[T]):
 
     __slots__ = ("_store",)
 
-    def __init__(self, store: ParamStore) -> None:
+    def __init__(self, store: Registry) -> None:
         super().__init__()
         self._store = store
 
@@ -58,7 +59,7 @@ class _LiveDict(dict[str, T], Generic[T]):
     __copy__ = copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, T]:
-        raise TypeError("deep-copy the store, not one of its dictionaries")
+        return copy.deepcopy(dict(self), memo)
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, T]]]:  # type: ignore[override]
         return dict, (dict(self),)

@@ -31,6 +31,10 @@ def tiling(num_elements: int) -> tuple[int, int, int]:
     return 1, 1, max(16, 1 << (num_elements - 1).bit_length())
 
 
+# Fields of a CompileCase that are limits.
+LIMITS = ("wide_loads", "wide_stores", "max_bytes")
+
+
 @dataclass(frozen=True)
 class CompileCase:
     """One way in which a kernel is compiled, and what its code must look like.
@@ -47,7 +51,7 @@ class CompileCase:
     threads: int = 128
     wide_loads: int = 0  # fewest 128-bit global loads
     wide_stores: int = 0
-    max_bytes: int = 40_960  # of machine code
+    max_bytes: int = 49_152  # of machine code
     options: Mapping[str, Any] = field(default_factory=lambda: OPTIONS)
 
 

@@ -166,12 +166,7 @@ class Argument(NamedTuple):
     tensor: Tensor
     stride: int
     step: int
-
-    @property
-    def role(self) -> str:
-        if self.stride:
-            return "full" if self.step else "row"
-        return "col" if self.step else "scalar"
+    role: str
 
 
 class Matrix(NamedTuple):
@@ -201,8 +196,8 @@ def _fold(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
 def as_matrix(args: Sequence[Tensor], event_ndims: int) -> Matrix:
     """Cut the broadcast shape in two so that each argument has one stride on either side.
 
-    An argument without such (its axes are broadcast in an alternating pattern) is written out in
-    full; this happens for no cut only.
+    Where no cut will do (axes are broadcast in an alternating pattern), the arguments at fault are
+    written out in full.
     """
     shape = torch.broadcast_shapes(*(arg.shape for arg in args))
     expanded = [arg.expand(shape) for arg in args]
@@ -216,13 +211,19 @@ def as_matrix(args: Sequence[Tensor], event_ndims: int) -> Matrix:
         ]
 
     cut = min(cuts, key=lambda cut: sum(None in pair for pair in folded(cut)))
+    rows, cols = shape[:cut].numel(), shape[cut:].numel()
     arguments = []
     for arg, (stride, step) in zip(expanded, folded(cut), strict=True):
         if stride is None or step is None:
             arg = arg.contiguous()
-            stride, step = shape[cut:].numel(), 1
-        arguments.append(Argument(arg, stride, step))
-    return Matrix(shape[:cut].numel(), shape[cut:].numel(), shape[:first].numel(), arguments)
+            stride, step = cols, 1
+        # What varies along all there is counts as full, which has the widest accesses.
+        if (stride or rows == 1) and (step or cols == 1):
+            role = "full"
+        else:
+            role = "row" if stride else "col" if step else "scalar"
+        arguments.append(Argument(arg, stride, step, role))
+    return Matrix(rows, cols, shape[:first].numel(), arguments)
 
 
 class _Tiling(NamedTuple):
@@ -237,7 +238,7 @@ def _tiling(num_rows: int, num_cols: int) -> _Tiling:
     cols = min(_TILE, triton.next_power_of_2(num_cols))
     rows = min(_TILE // cols, triton.next_power_of_2(num_rows))
     col_blocks, row_blocks = -(-num_cols // cols), -(-num_rows // rows)
-    loops = max(1, min(_MAX_LOOPS, col_blocks * row_blocks // _PROGRAMS))
+    loops = max(1, min(_MAX_LOOPS, row_blocks, col_blocks * row_blocks // _PROGRAMS))
     return _Tiling(rows, cols, loops, -(-row_blocks // loops), col_blocks)
 
 
@@ -274,8 +275,7 @@ def _run(
     tiling = _tiling(matrix.num_rows, matrix.num_cols)
     missing = 4 - len(arguments)
     outs = [None if role == "none" else _partial(role, matrix, tiling, like) for role in out_roles]
-    names = [arg.role for arg in arguments] + ["none"] * missing
-    padded = [*arguments, *[Argument(like, 0, 0)] * missing]
+    padded = [*arguments, *[Argument(like, 0, 0, "none")] * missing]
     with launch.on_device_of(like):
         skeleton_kernel[(tiling.row_splits * tiling.col_blocks,)](
             *(arg.tensor for arg in padded),
@@ -289,10 +289,10 @@ def _run(
             *(number for arg in padded for number in (arg.stride, arg.step)),
             FAMILY=family,
             BACKWARD=grad is not None,
-            VALUE=names[0],
-            A=names[1],
-            B=names[2],
-            C=names[3],
+            VALUE=padded[0].role,
+            A=padded[1].role,
+            B=padded[2].role,
+            C=padded[3].role,
             GRAD=grad_role,
             OUT_VALUE=out_roles[0],
             OUT_A=out_roles[1],

@@ -35,6 +35,9 @@ from fastsvi.kernels.triton.special import HALF_LOG_2PI, log_sigmoid, sigmoid, s
 KIND_EXP = tl.constexpr(int(Kind.EXP))
 KIND_SOFTPLUS = tl.constexpr(int(Kind.SOFTPLUS))
 KIND_SIGMOID = tl.constexpr(int(Kind.SIGMOID))
+HAS_EXP = tl.constexpr(1 << Kind.EXP)
+HAS_SOFTPLUS = tl.constexpr(1 << Kind.SOFTPLUS)
+HAS_SIGMOID = tl.constexpr(1 << Kind.SIGMOID)
 
 _SUM_BLOCK = 1024
 
@@ -71,15 +74,15 @@ def _inside(u):
 def _constrain(x, kind, KINDS: tl.constexpr):
     """f(x) and log|f'(x)| where each element has its own kind; KINDS has a bit per kind in use."""
     y, log_slope = x, x * 0.0
-    if KINDS & (1 << KIND_EXP):
+    if HAS_EXP & KINDS:
         chosen = kind == KIND_EXP
         y, log_slope = tl.where(chosen, exp(x), y), tl.where(chosen, x, log_slope)
-    if KINDS & ((1 << KIND_SOFTPLUS) | (1 << KIND_SIGMOID)):
+    if (HAS_SOFTPLUS | HAS_SIGMOID) & KINDS:
         below = log_sigmoid(x)
-        if KINDS & (1 << KIND_SOFTPLUS):
+        if HAS_SOFTPLUS & KINDS:
             chosen = kind == KIND_SOFTPLUS
             y, log_slope = tl.where(chosen, softplus(x), y), tl.where(chosen, below, log_slope)
-        if KINDS & (1 << KIND_SIGMOID):
+        if HAS_SIGMOID & KINDS:
             chosen = kind == KIND_SIGMOID
             y = tl.where(chosen, _inside(sigmoid(x)), y)
             log_slope = tl.where(chosen, below + log_sigmoid(-x), log_slope)
@@ -218,10 +221,13 @@ def sum_kernel(
 # --------------------------------------------------------------------------------------- launcher
 
 
-def blocks(num_elements: int, num_particles: int, dtype: torch.dtype) -> dict[str, Any]:
+def blocks(
+    num_elements: int, num_particles: int, dtype: torch.dtype, kinds: int = 0
+) -> dict[str, Any]:
     """How a kernel is cut: four lanes of 128 bits a thread, of several particles if D is small."""
     _, lanes, groups = launch.tiling(num_elements)
-    neighbours = launch.neighbours(dtype)
+    # Transforms keep so many values at a time that four float32 neighbours would spill.
+    neighbours = 2 if kinds else launch.neighbours(dtype)
     threads = max(32, groups // neighbours)
     room = threads * philox.LANES * neighbours // (lanes * groups)
     return {
@@ -230,6 +236,7 @@ def blocks(num_elements: int, num_particles: int, dtype: torch.dtype) -> dict[st
         "NEIGHBOURS": neighbours,
         "PARTICLES": min(room, 1 << max(0, num_particles - 1).bit_length()),
         "WHOLE_QUADS": num_elements % 4 == 0,
+        "KINDS": kinds,
         "num_warps": launch.warps(threads),
     }
 
@@ -261,7 +268,7 @@ def forward(
         sums if tiles == 1 else loc.new_empty((*sums.shape, tiles)) for sums in (log_q, log_det)
     ]
     segment, kind, shift, factor = table or (loc,) * 4  # never read then
-    cut = blocks(elements, num_particles, loc.dtype)
+    cut = blocks(elements, num_particles, loc.dtype, kinds if table else 0)
     # Enough programs to fill the device, and otherwise as many particles in each as there are.
     wanted = -(-_PROGRAMS // (batches * fits * tiles))
     per_program = max(cut["PARTICLES"], -(-num_particles // wanted))
@@ -289,7 +296,6 @@ def forward(
             SCALE_MAP=scale_map,
             ENTROPY=estimator == "entropy",
             GIVEN=noise is not None,
-            KINDS=kinds if table else 0,
             **cut,
             **launch.OPTIONS,
         )
@@ -318,17 +324,18 @@ def _case(
         "segment_ptr": "*i32",
         "kind_ptr": "*i32",
     }
-    limits = {k: flags.pop(k) for k in ("wide_loads", "wide_stores") if k in flags}
-    cut = blocks(elements, particles, torch.float32 if dtype == "fp32" else torch.float64)
-    cut.pop("num_warps")
-    constants = {"SCALE_MAP": "exp", "ENTROPY": False, "GIVEN": False, "KINDS": 0, **cut, **flags}
+    limits = {k: flags.pop(k) for k in launch.LIMITS if k in flags}
+    real = torch.float32 if dtype == "fp32" else torch.float64
+    cut = blocks(elements, particles, real, flags.pop("KINDS", 0))
+    threads = cut.pop("num_warps") * 32
+    constants = {"SCALE_MAP": "exp", "ENTROPY": False, "GIVEN": False, **cut, **flags}
     return CompileCase(
         f"normal.{name}",
         forward_kernel,
         signature={n: types.get(n, "i32") for n in forward_kernel.arg_names if n not in constants},
         constants=constants,
         divisible=(*pointers, "num_elements"),
-        threads=max(32, cut["GROUPS"] // cut["NEIGHBOURS"]),
+        threads=threads,
         **limits,
     )
 
@@ -340,7 +347,8 @@ COMPILE_CASES = [
     _case("forward-softplus", SCALE_MAP="softplus", wide_loads=8, wide_stores=4),
     _case("forward-entropy", ENTROPY=True, wide_loads=8, wide_stores=4),
     _case("forward-given", GIVEN=True, wide_loads=12, wide_stores=4),
-    _case("forward-constrained", KINDS=_ALL_KINDS, wide_loads=12, wide_stores=4),
+    _case("forward-positive", KINDS=HAS_EXP.value),
+    _case("forward-constrained", KINDS=_ALL_KINDS),
     _case("forward-two-lanes", shape=(512, 8), wide_loads=4, wide_stores=4),
     _case("forward-short", shape=(10, 64)),
     _case("forward-float64", "fp64", wide_loads=8, wide_stores=4),

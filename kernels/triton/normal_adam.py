@@ -245,7 +245,15 @@ _RULE = {
 
 COMPILE_CASES = [
     case("adam", adam_kernel, **_RULE, wide_loads=24, wide_stores=24),
-    case("adam-stl-softplus", adam_kernel, **_RULE, STL=True, SCALE_MAP="softplus", wide_stores=24),
+    case(
+        "adam-stl-softplus",
+        adam_kernel,
+        **_RULE,
+        STL=True,
+        SCALE_MAP="softplus",
+        wide_stores=24,
+        max_bytes=90_112,
+    ),
     case("adam-short", adam_kernel, **(_RULE | {"HAS_ACTIVE": True}), shape=(10, 64)),
     case("adam-float64", adam_kernel, "fp64", **_RULE),
 ]

@@ -19,6 +19,9 @@ from fastsvi.kernels.triton import launch
 from fastsvi.kernels.triton.launch import CompileCase
 from fastsvi.kernels.triton.math import exp
 from fastsvi.kernels.triton.normal import (
+    HAS_EXP,
+    HAS_SIGMOID,
+    HAS_SOFTPLUS,
     KIND_EXP,
     KIND_SIGMOID,
     KIND_SOFTPLUS,
@@ -55,15 +58,15 @@ def _slopes(raw, scale, SCALE_MAP: tl.constexpr):
 def _constrain_slopes(x, kind, KINDS: tl.constexpr):
     """Derivatives of what :func:`_constrain` returns."""
     slope, log_slope = x * 0.0 + 1.0, x * 0.0
-    if KINDS & (1 << KIND_EXP):
+    if HAS_EXP & KINDS:
         chosen = kind == KIND_EXP
         slope, log_slope = tl.where(chosen, exp(x), slope), tl.where(chosen, 1.0, log_slope)
-    if KINDS & ((1 << KIND_SOFTPLUS) | (1 << KIND_SIGMOID)):
+    if (HAS_SOFTPLUS | HAS_SIGMOID) & KINDS:
         above, below = sigmoid(x), sigmoid(-x)
-        if KINDS & (1 << KIND_SOFTPLUS):
+        if HAS_SOFTPLUS & KINDS:
             chosen = kind == KIND_SOFTPLUS
             slope, log_slope = tl.where(chosen, above, slope), tl.where(chosen, below, log_slope)
-        if KINDS & (1 << KIND_SIGMOID):
+        if HAS_SIGMOID & KINDS:
             chosen = kind == KIND_SIGMOID
             slope = tl.where(chosen, above * below, slope)
             log_slope = tl.where(chosen, below - above, log_slope)
@@ -324,11 +327,10 @@ def backward(
             SCALE_MAP=scale_map,
             STL=estimator == "stl",
             GIVEN=noise is not None,
-            KINDS=kinds if table else 0,
             HAS_VALUE=grad_value is not None,
             HAS_LOG_Q=grad_log_q is not None,
             HAS_LOG_DET=grad_log_det is not None,
-            **blocks(elements, num_particles, loc.dtype),
+            **blocks(elements, num_particles, loc.dtype, kinds if table else 0),
             **launch.OPTIONS,
         )
     return grad_loc, grad_raw
@@ -349,12 +351,12 @@ def case(
         **dict.fromkeys(("segment_ptr", "kind_ptr"), "*i32"),
         "active_ptr": "*i1",
     }
-    limits = {k: flags.pop(k) for k in ("wide_loads", "wide_stores") if k in flags}
-    cut = blocks(elements, particles, torch.float32 if dtype == "fp32" else torch.float64)
-    cut.pop("num_warps")
+    limits = {k: flags.pop(k) for k in launch.LIMITS if k in flags}
+    real = torch.float32 if dtype == "fp32" else torch.float64
+    cut = blocks(elements, particles, real, flags.pop("KINDS", 0))
+    threads = cut.pop("num_warps") * 32
     constants = {
         "SCALE_MAP": "exp",
-        "KINDS": 0,
         **dict.fromkeys(("STL", "GIVEN", "HAS_LOG_DET"), False),
         **dict.fromkeys(("HAS_VALUE", "HAS_LOG_Q"), True),
         **cut,
@@ -366,7 +368,7 @@ def case(
         signature={n: types.get(n, "i32") for n in kernel.arg_names if n not in constants},
         constants={n: v for n, v in constants.items() if n in kernel.arg_names},
         divisible=(*pointers, "num_elements"),
-        threads=max(32, cut["GROUPS"] // cut["NEIGHBOURS"]),
+        threads=threads,
         **limits,
     )
 
@@ -378,14 +380,7 @@ COMPILE_CASES = [
     case("backward-softplus", backward_kernel, SCALE_MAP="softplus", wide_loads=8, wide_stores=8),
     case("backward-stl", backward_kernel, STL=True, wide_loads=8, wide_stores=8),
     case("backward-given", backward_kernel, GIVEN=True, wide_loads=12, wide_stores=8),
-    case(
-        "backward-constrained",
-        backward_kernel,
-        KINDS=_ALL_KINDS,
-        HAS_LOG_DET=True,
-        wide_loads=12,
-        wide_stores=8,
-    ),
+    case("backward-constrained", backward_kernel, KINDS=_ALL_KINDS, HAS_LOG_DET=True),
     case("backward-short", backward_kernel, shape=(10, 64)),
     case("backward-float64", backward_kernel, "fp64"),
 ]

@@ -40,28 +40,17 @@ def group_block(GROUPS: tl.constexpr, NEIGHBOURS: tl.constexpr):
 
 
 @triton.jit
-def _wide_product(word, multiplier: tl.constexpr):
-    """High and low word of a product: one multiplication with a 64-bit result."""
-    product = word.to(tl.uint64) * multiplier
-    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
-
-
-@triton.jit
 def four_words(key_0, key_1, c0, c1, c2, c3):
     """The four words of counters that broadcast against each other; all uint32."""
     for _ in tl.static_range(10):
-        high_0, low_0 = _wide_product(c0, MULTIPLIER_0)
-        high_1, low_1 = _wide_product(c2, MULTIPLIER_1)
-        c0, c1, c2, c3 = high_1 ^ c1 ^ key_0, low_1, high_0 ^ c3 ^ key_1, low_0
+        # One multiplication each, with a 64-bit result.
+        product_0, product_1 = c0.to(tl.uint64) * MULTIPLIER_0, c2.to(tl.uint64) * MULTIPLIER_1
+        c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ key_0
+        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ key_1
+        c1, c3 = product_1.to(tl.uint32), product_0.to(tl.uint32)
         key_0 = tl.add(key_0, WEYL_0, sanitize_overflow=False)
         key_1 = tl.add(key_1, WEYL_1, sanitize_overflow=False)
     return c0, c1, c2, c3
-
-
-@triton.jit
-def load_word(pointer):
-    """A word that is held in an int64."""
-    return tl.load(pointer).to(tl.uint32)
 
 
 @triton.jit
@@ -104,15 +93,15 @@ def four_normals(w0, w1, w2, w3, dtype: tl.constexpr, LANES: tl.constexpr):
 def tile_words(key_ptr, origin_ptr, tile, step, particle, fit, groups):
     """Words of the groups (a block within the tile) of one tile, at an offset from the origin.
 
-    step, particle and fit are counted from the origin; any of them may be a block.
+    step, particle and fit are counted from the origin, in 32 bits; any of them may be a block.
     """
     return four_words(
-        load_word(key_ptr),
-        load_word(key_ptr + 1),
-        load_word(origin_ptr) + (tile * TILE_GROUPS + groups).to(tl.uint32),
-        load_word(origin_ptr + 1) + tl.to_tensor(step).to(tl.uint32),
-        load_word(origin_ptr + 2) + tl.to_tensor(particle).to(tl.uint32),
-        load_word(origin_ptr + 3) + tl.to_tensor(fit).to(tl.uint32),
+        tl.load(key_ptr).to(tl.uint32),
+        tl.load(key_ptr + 1).to(tl.uint32),
+        tl.load(origin_ptr).to(tl.uint32) + (tile * TILE_GROUPS + groups).to(tl.uint32),
+        tl.load(origin_ptr + 1).to(tl.uint32) + step,
+        tl.load(origin_ptr + 2).to(tl.uint32) + particle,
+        tl.load(origin_ptr + 3).to(tl.uint32) + fit,
     )
 
 

@@ -16,28 +16,26 @@ from torch import Tensor
 from fastsvi.kernels import subsample as reference
 from fastsvi.kernels.triton import launch
 from fastsvi.kernels.triton.launch import CompileCase
-from fastsvi.kernels.triton.philox import TILE_GROUPS, four_words, load_word
+from fastsvi.kernels.triton.philox import TILE_GROUPS, four_words
 
 SORTED_SIZE = tl.constexpr(reference.SORTED_SIZE)
 
 _BLOCK = 256
-_CHUNK = 16
+# Indices ranked by a program, and how many words it looks at in one go.
+_RANKED, _CHUNK = 128, 32
 
 
 # ------------------------------------------------------------------------------- device functions
 
 
 @triton.jit
-def _hash(word):
-    word = (word ^ (word >> 16)) * 0x7FEB352D
-    word = (word ^ (word >> 15)) * 0x846CA68B
-    return word ^ (word >> 16)
-
-
-@triton.jit
 def _shift(place, other, key, length):
     """Round of the network: ``place``, moved around ``length`` cells by a hash of ``other``."""
-    moved = place + ((_hash(other + key).to(tl.uint64) * length) >> 32).to(tl.uint32)
+    word = other + key
+    word = (word ^ (word >> 16)) * 0x7FEB352D
+    word = (word ^ (word >> 15)) * 0x846CA68B
+    word ^= word >> 16
+    moved = place + ((word.to(tl.uint64) * length) >> 32).to(tl.uint32)
     return tl.where(moved >= length, moved - length, moved)
 
 
@@ -66,12 +64,13 @@ def _words(key_ptr, origin_ptr, row, counts, strides, group):
     key_ptr += batch * strides[0]
     origin_ptr += batch * strides[1]
     return four_words(
-        load_word(key_ptr),
-        load_word(key_ptr + 1),
-        tl.to_tensor(group).to(tl.uint32),
-        load_word(origin_ptr + 1) + (row // num_particles // num_fits % num_steps).to(tl.uint32),
-        load_word(origin_ptr + 2) + (row % num_particles).to(tl.uint32),
-        load_word(origin_ptr + 3) + (row // num_particles % num_fits).to(tl.uint32),
+        tl.load(key_ptr).to(tl.uint32),
+        tl.load(key_ptr + 1).to(tl.uint32),
+        group.to(tl.uint32),
+        tl.load(origin_ptr + 1).to(tl.uint32)
+        + (row // num_particles // num_fits % num_steps).to(tl.uint32),
+        tl.load(origin_ptr + 2).to(tl.uint32) + (row % num_particles).to(tl.uint32),
+        tl.load(origin_ptr + 3).to(tl.uint32) + (row // num_particles % num_fits).to(tl.uint32),
     )
 
 
@@ -108,8 +107,9 @@ def walk_kernel(
     row = tl.program_id(0) // num_blocks
     counts = (num_steps, num_fits, num_particles)
     strides = (key_stride, origin_stride)
-    a0, a1, a2, a3 = _words(key_ptr, origin_ptr, row, counts, strides, 0)
-    b0, b1, b2, b3 = _words(key_ptr, origin_ptr, row, counts, strides, 1)
+    # The round keys are all lanes of groups 0 and 1.
+    a0, a1, a2, a3 = _words(key_ptr, origin_ptr, row, counts, strides, row * 0)
+    b0, b1, b2, b3 = _words(key_ptr, origin_ptr, row, counts, strides, row * 0 + 1)
     points = (tl.program_id(0) % num_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     wanted = points < subsample_size
     out_ptr += row.to(tl.int64) * subsample_size + points
@@ -132,16 +132,17 @@ def rank_kernel(
     num_particles,  # P
     size,  # N
     subsample_size,  # b
+    num_blocks,
     key_stride,  # 2 or 0
     origin_stride,  # 4 or 0
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program: one subset. The rank of an index among the words is its place in the subset."""
-    row = tl.program_id(0)
+    """One program: one block of indices, each put in the place that its rank among the words is."""
+    row = tl.program_id(0) // num_blocks
     counts = (num_steps, num_fits, num_particles)
     strides = (key_stride, origin_stride)
-    index = tl.arange(0, BLOCK)
+    index = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
     own = _tagged(key_ptr, origin_ptr, row, counts, strides, index)
     rank = tl.zeros([BLOCK], tl.int32)
     for start in range(0, size, CHUNK):
@@ -172,15 +173,17 @@ def indices(
     strides = launch.batch_stride(key), launch.batch_stride(origin)
     with launch.on_device_of(out):
         if size <= reference.SORTED_SIZE:
-            rank_kernel[(subsets,)](
+            blocks = -(-size // _RANKED)
+            rank_kernel[(subsets * blocks,)](
                 key,
                 origin,
                 out,
                 *counts[1:],
                 size,
                 subsample_size,
+                blocks,
                 *strides,
-                BLOCK=max(16, triton.next_power_of_2(size)),
+                BLOCK=_RANKED,
                 CHUNK=_CHUNK,
                 **launch.OPTIONS,
             )
@@ -221,6 +224,5 @@ def _case(name: str, kernel: Any, threads: int, size: str = "i32", **blocks: int
 COMPILE_CASES = [
     _case("walk", walk_kernel, _BLOCK, BLOCK=_BLOCK),
     _case("walk-huge", walk_kernel, _BLOCK, "i64", BLOCK=_BLOCK),
-    _case("rank", rank_kernel, 128, BLOCK=1024, CHUNK=_CHUNK),
-    _case("rank-small", rank_kernel, 128, BLOCK=16, CHUNK=_CHUNK),
+    _case("rank", rank_kernel, 128, BLOCK=_RANKED, CHUNK=_CHUNK),
 ]

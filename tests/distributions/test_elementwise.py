@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import scipy.stats
@@ -318,3 +320,45 @@ def test_poisson_at_rate_zero_and_sparse_counts():
         sparse.expand([2, 4, 5]).log_prob(counts),
         dist.Poisson(rate).log_prob(counts).expand(2, 4, 5),
     )
+
+
+sizes = st.lists(st.sampled_from([1, 2, 3]), max_size=3).map(tuple)
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(
+    family=st.sampled_from(["Normal", "LogNormal", "Laplace", "Cauchy", "Gamma", "Beta"]),
+    shapes=st.tuples(sizes, sizes, sizes, sizes),
+    numbers=st.tuples(st.booleans(), st.booleans()),
+)
+def test_any_mix_of_shapes_gives_torch_s_shapes_and_densities(family, shapes, numbers):
+    """Operands, expansions and values of all shapes that broadcast, against torch."""
+    try:
+        batch = torch.broadcast_shapes(*(s for s, n in zip(shapes, numbers, strict=False) if not n))
+        wide = torch.broadcast_shapes(batch, shapes[2])
+    except RuntimeError:
+        hypothesis.reject()
+    operands = [
+        0.75 if number else torch.rand(shape, **f64) + 0.5
+        for shape, number in zip(shapes, numbers, strict=False)
+    ]
+    ours, oracle = (getattr(lib, family)(*operands) for lib in (dist, torch.distributions))
+    assert ours.batch_shape == oracle.batch_shape
+    ours, oracle = ours.expand(wide), oracle.expand(wide)
+    value = torch.rand(shapes[3], **f64) * 0.9 + 0.05
+    try:
+        torch.broadcast_shapes(wide, value.shape)
+    except RuntimeError:
+        with pytest.raises(ShapeError, match="does not broadcast"):
+            ours.log_prob(value)
+        return
+    actual, expected = ours.log_prob(value), oracle.log_prob(value)
+    assert actual.shape == expected.shape
+    # torch holds a number as float32 where no tensor is given; 0.75 is exact in both.
+    assert_close(actual, expected.double(), rtol=1e-6 if all(numbers) else 1e-12, atol=1e-12)
+    for name in oracle.arg_constraints:
+        assert getattr(ours, name).shape == getattr(oracle, name).shape
+    torch.manual_seed(0)
+    drawn = ours.rsample((2,))
+    torch.manual_seed(0)
+    assert_close(drawn, oracle.rsample((2,)), rtol=1e-6, atol=1e-6)

@@ -19,7 +19,7 @@ import fastsvi.distributions as dist
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 SINGLE = {"rtol": 2e-6, "atol": 2e-6}
 
-SAMPLE_SHAPES = [(), (4,), (2, 3)]
+SAMPLE_SHAPES = [(), (2, 3)]
 
 # torch's sampler of Wishart draws again while a draw is good, and warns; ours does not.
 OTHER_STREAM = {"Wishart"}
@@ -169,17 +169,19 @@ def every_second(d):
     return d.mask(torch.arange(shape.numel()).reshape(shape) % 2 == 0)
 
 
-@pytest.mark.parametrize(
-    "reshape",
-    [
-        lambda d: d.expand(torch.Size((5, 2)) + d.batch_shape),
-        lambda d: d.to_event(),
-        every_second,
-        lambda d: every_second(every_second(d.expand_by([4])).to_event(1)).expand_by([2]),
-    ],
-    ids=["expand", "to_event", "mask", "all"],
-)
-def test_reshaping_agrees_with_pyro(case, reshape):
+def test_reshaping_agrees_with_pyro(case):
+    def everything(d):
+        wide = every_second(d.expand(torch.Size((3, 2)) + d.batch_shape))
+        return every_second(wide.to_event(1)).expand_by([2])
+
+    check_reshaping(case, everything)
+    if case.seed == 0:
+        check_reshaping(case, lambda d: d.expand(torch.Size((3, 2)) + d.batch_shape))
+        check_reshaping(case, lambda d: d.to_event())
+        check_reshaping(case, every_second)
+
+
+def check_reshaping(case, reshape):
     ours, oracle = reshape(case.build()), case.oracle()
     if case.family in BROKEN_EXPAND:
         oracle = pyro_dist.ExpandedDistribution(oracle, oracle.batch_shape)
@@ -188,12 +190,12 @@ def test_reshaping_agrees_with_pyro(case, reshape):
     assert ours.event_shape == oracle.event_shape
     value = values(case).expand(ours.shape())  # a value that every reshaping can score
     with dist.validation_enabled(False):
+        assert ours.sample((2,)).shape == ours.shape((2,))
         if case.family in BROKEN_LOG_PROB:
             assert ours.log_prob(value).shape == ours.batch_shape
             return
         actual, expected = ours.log_prob(value), oracle.log_prob(value)
         parts, oracle_parts = ours.score_parts(value), oracle.score_parts(value)
-    assert ours.sample((2,)).shape == ours.shape((2,))
     assert actual.shape == expected.shape == ours.batch_shape
     assert_close(actual, expected.to(actual.dtype), **tolerance(case, actual, expected))
     for part, oracle_part in zip(parts, oracle_parts, strict=True):

@@ -44,12 +44,7 @@ def test_scale_and_mask_agrees_with_pyro(scale, mask):
     x = torch.randn(3)
     assert_close(util.scale_and_mask(x, scale, mask), pyro_util.scale_and_mask(x, scale, mask))
     assert util.scale_and_mask(0, scale, mask) == 0
-    if (
-        mask in (None, True)
-        and not torch.is_tensor(mask)
-        and not torch.is_tensor(scale)
-        and scale == 1
-    ):
+    if (mask is None or mask is True) and util.is_identically_one(scale):
         assert util.scale_and_mask(x, scale, mask) is x
 
 

@@ -243,6 +243,18 @@ def test_run_gives_the_same_compiled_or_not(compile):
         torch.testing.assert_close(value, eager.params[name], rtol=0.01, atol=0.02)
 
 
+def test_a_second_run_uses_the_same_captured_step():
+    svi, _ = prepared(schools, schools_data, 2)
+    svi.run(50, *schools_data, progress_bar=False, compile=True)
+    captured = svi._captured
+    again = svi.run(50, *schools_data, progress_bar=False, compile=True)
+    assert svi._captured is captured
+    assert again.native_steps == 48
+    other = tuple(x.clone() for x in schools_data)
+    svi.run(50, *other, progress_bar=False, compile=True)
+    assert svi._captured is not captured
+
+
 def test_run_names_what_keeps_it_eager():
     y = torch.tensor(1.0)
     svi, _ = prepared(branching, (y,), 1)

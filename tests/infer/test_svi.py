@@ -118,6 +118,22 @@ class TestStep:
         assert losses() != first
         assert losses(seed=5) == losses(seed=5)
 
+    def test_seeding_between_steps_repeats_them(self):
+        svi = make(guide=AutoNormal(model))
+        svi.step(DATA)
+        losses = []
+        for _ in range(2):
+            fastsvi.set_rng_seed(4)
+            losses.append([svi.evaluate_loss(DATA) for _ in range(3)])
+        assert losses[0] == losses[1]
+        noise = []
+        for _ in range(2):
+            fastsvi.set_rng_seed(5)
+            svi.step(DATA)
+            svi.step(DATA)
+            noise.append(svi._program.noise.step)
+        assert noise == [2, 2]
+
     def test_module_params_are_trained(self):
         net = torch.nn.Linear(1, 1)
 

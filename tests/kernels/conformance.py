@@ -218,8 +218,8 @@ class Suite:
             x.requires_grad_() if i in case.grad else x
             for i, x in enumerate(case.inputs(dtype, form))
         )
-        # The thresholds of torch's own op tests. The interpreter is too slow for all directions of a
-        # Jacobian: there one random direction stands for them.
+        # The thresholds of torch's own op tests. The interpreter is too slow for a whole Jacobian:
+        # there one random direction stands for all.
         fast = form == "interpret"
         assert torch.autograd.gradcheck(
             case.call, inputs, eps=1e-6, atol=1e-5, rtol=1e-3, fast_mode=fast

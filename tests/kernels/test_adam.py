@@ -67,7 +67,15 @@ def close(found, expected, dtype=torch.float64):
 
 
 def case(
-    name, sizes, lead=(), steps=2, tensors=False, mask=False, amsgrad=False, compile=False, **options
+    name,
+    sizes,
+    lead=(),
+    steps=2,
+    tensors=False,
+    mask=False,
+    amsgrad=False,
+    compile=False,
+    **options,
 ):
     """A case of a few updates from zero moments; returns all that they write."""
     cut = {device: Segments(sizes, device) for device in ("cpu", "cuda")[: 1 + CUDA]}

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from fastsvi.errors import KernelError
-from fastsvi.kernels import dispatch, normal, philox
+from fastsvi.kernels import dispatch, normal, philox, transforms
+from fastsvi.kernels.segment_table import EXP, IDENTITY, SIGMOID, SOFTPLUS, SegmentTable
 
 KEY = philox.derive_key(11, 3)
 FAR = 3 * (1 << 32)  # an element offset above 2^32
@@ -86,6 +87,114 @@ class TestSample(Suite):
         # A float32 sum of a million terms, reference in float64: see TestAccumulation.
         case("large", 1, 1, 1_000_003, interpret=False),
     )
+
+
+SPECS = {
+    "all-kinds": ([IDENTITY, EXP, SOFTPLUS, SIGMOID], [2, 1, 3, 2], [0, 3, 0, -1], [1, -1, 2, 4]),
+    "two-kinds": ([EXP, IDENTITY, EXP], [5, 0, 1], [0, 0, 1], [1, 1, 1]),
+    "identity": ([IDENTITY], [4], [0], [1]),
+    "affine": ([IDENTITY, IDENTITY], [2, 2], [1, 0], [1, -3]),
+    "long": ([SIGMOID, EXP, SOFTPLUS], [500, 1, 800], [0, 0, 2], [1, 1, 1]),
+}
+
+
+def constrained_case(spec: str, particles: int = 3, shift: float = 0.0, **options) -> Case:
+    kinds, sizes, shifts, scales = SPECS[spec]
+    given = options.pop("given", False)
+    estimator = options.pop("estimator", "pathwise")
+    elements = sum(sizes)
+
+    def make(draw: Draw) -> tuple[Tensor, ...]:
+        loc, raw_scale = draw.normal(2, elements, loc=shift), draw.uniform(2, elements, low=-1)
+        noise = (draw.normal(2, particles, elements),) if given else ()
+        return (loc, raw_scale, KEY, philox.make_origin(step=5), *noise)
+
+    def call(loc, raw_scale, key, origin, noise=None):
+        table = SegmentTable.build(kinds, sizes, shifts, scales, loc.device, loc.dtype)
+        return normal.sample_constrained(
+            loc, raw_scale, key, origin, particles, table, "exp", estimator, noise
+        )
+
+    options = {"capture": False} | options
+    name = f"{spec}-{estimator}{'-given' if given else ''}{shift:+.0f}-{particles}"
+    return Case(name, make, call, grad=(0, 1), **options)
+
+
+class TestSampleConstrained(Suite):
+    cases = (
+        constrained_case("all-kinds", gradcheck=True, vmap=True),
+        constrained_case("all-kinds", estimator="stl"),
+        constrained_case("all-kinds", given=True),
+        # A z near 16 is off by 2e-6, its noise by 1e-6 times a scale of 2.7: that is the relative
+        # error of exp(z); the sum over three particles of both signs loses another factor of 5.
+        constrained_case("all-kinds", shift=12.0, tolerance={torch.float32: (3e-5, 1e-5)}),
+        constrained_case("all-kinds", shift=-30.0),
+        constrained_case("two-kinds", gradcheck=True),
+        constrained_case("identity", vmap=True),
+        constrained_case("affine"),
+        constrained_case("long", particles=1),
+        constrained_case("all-kinds", particles=0),
+    )
+
+
+def test_constrained_equals_sample_then_constrain():
+    table = SegmentTable.build(*SPECS["all-kinds"], dtype=torch.float64)
+    loc, raw_scale = torch.randn(2, 8).double(), torch.randn(2, 8).double()
+    at = KEY, philox.make_origin(), 3
+    y, log_q, log_det = normal.sample_constrained(loc, raw_scale, *at, table)
+    z, expected = normal.sample(loc, raw_scale, *at)
+    torch.testing.assert_close(log_q, expected)
+    constrained, log_dets = transforms.constrain_with_log_det(z, table)
+    torch.testing.assert_close(y, constrained)
+    torch.testing.assert_close(log_det, log_dets.sum(-1))
+
+
+def test_the_table_must_fit():
+    table = SegmentTable.build([EXP], [4])
+    with pytest.raises(KernelError, match=r"sample_constrained: the table.*4 elements.*float64"):
+        normal.sample_constrained(
+            *torch.zeros(2, 1, 4).double(), KEY, philox.make_origin(), 1, table
+        )
+
+
+OPCHECK_FORM = "triton" if torch.cuda.is_available() else "interpret"
+
+
+@pytest.mark.parametrize("form", ["torch", OPCHECK_FORM])
+def test_the_operations_pass_opcheck(form):
+    device = "cuda" if form == "triton" else "cpu"
+    loc = torch.randn(2, 1, 3, device=device, requires_grad=True)
+    raw_scale = torch.randn(2, 1, 3, device=device, requires_grad=True)
+    at = KEY[None].to(device), philox.make_origin(device=device)[None]
+    options = (2, "softplus", "stl")
+    with dispatch.use(form):
+        torch.library.opcheck(
+            torch.ops.fastsvi.normal_forward.default,
+            (loc, raw_scale, *at, None, [], 0, *options),
+        )
+        grads = (torch.randn(2, 1, 2, 3, device=device), torch.randn(2, 1, 2, device=device), None)
+        torch.library.opcheck(
+            torch.ops.fastsvi.normal_backward.default,
+            (loc.detach(), raw_scale.detach(), *at, None, *grads, [], 0, *options),
+        )
+        if form == "torch":
+            return
+        table = SegmentTable.build([EXP, SIGMOID], [1, 2], device=device)
+        tensors = [table.segments.ids, table.kinds, table.shift, table.scale]
+        torch.library.opcheck(
+            torch.ops.fastsvi.normal_forward.default,
+            (loc, raw_scale, *at, None, tensors, table.kinds_in_use, *options),
+        )
+
+
+def test_the_cpu_rule_has_no_form_with_a_table():
+    table = SegmentTable.build([EXP], [3])
+    tensors = [table.segments.ids, table.kinds, table.shift, table.scale]
+    at = KEY[None], philox.make_origin()[None]
+    with dispatch.use("torch"), pytest.raises(KernelError, match="no CPU form with a table"):
+        torch.ops.fastsvi.normal_forward(
+            *torch.zeros(2, 1, 1, 3), *at, None, tensors, 2, 1, "exp", "stl"
+        )
 
 
 @pytest.mark.parametrize("scale_map", normal.SCALE_MAPS)

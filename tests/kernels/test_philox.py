@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastsvi.errors import KernelError
-from fastsvi.kernels import philox
+from fastsvi.kernels import dispatch, philox
 
 KEY = philox.derive_key(20, 6)
 MASK = 0xFFFFFFFF
@@ -111,6 +111,18 @@ def test_a_draw_does_not_depend_on_how_it_is_split(draw):
         origin = philox.make_origin(element, 9, particle, fit)
         part = draw(KEY, origin, 4 - fit, 6 - particle, 3000 - element)
         assert torch.equal(part, whole[fit:, particle:, element:])
+
+
+@pytest.mark.parametrize("form", ["torch", "triton" if torch.cuda.is_available() else "interpret"])
+def test_the_operation_passes_opcheck(form):
+    device = "cuda" if form == "triton" else "cpu"
+    keys = torch.stack([KEY, KEY + 1]).to(device)
+    origin = philox.make_origin(device=device)[None]
+    with dispatch.use(form):
+        torch.library.opcheck(
+            torch.ops.fastsvi.philox_draw.default,
+            (keys, origin, 1, 2, 1, 3, philox.NORMAL, torch.float32),
+        )
 
 
 def test_offsets_above_2_to_the_32_do_not_alias():

@@ -14,7 +14,7 @@ from conformance import Case, Suite
 from hypothesis import given, settings
 
 from fastsvi.errors import KernelError
-from fastsvi.kernels import philox, subsample
+from fastsvi.kernels import dispatch, philox, subsample
 
 KEY = philox.derive_key(3, 9)
 
@@ -145,6 +145,15 @@ def test_a_block_of_steps_equals_its_steps(size):
     for k in range(4):
         one = subsample.indices(KEY, philox.make_origin(step=5 + k), 2, 3, size, 10)
         assert torch.equal(block[k], one)
+
+
+@pytest.mark.parametrize("size", [40, 5000])
+@pytest.mark.parametrize("form", ["torch", "triton" if torch.cuda.is_available() else "interpret"])
+def test_the_operation_passes_opcheck(form, size):
+    device = "cuda" if form == "triton" else "cpu"
+    at = torch.stack([KEY, KEY + 1]).to(device), philox.make_origin(device=device)[None]
+    with dispatch.use(form):
+        torch.library.opcheck(torch.ops.fastsvi.subsample_indices.default, (*at, 1, 1, 2, size, 3))
 
 
 def test_time_does_not_grow_with_the_size():

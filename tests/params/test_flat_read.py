@@ -71,6 +71,14 @@ def test_real_values_are_copies(store):
     assert store["x"].tolist() == [0.0, 0.0]
 
 
+def test_values_are_a_snapshot_under_no_grad_too(store):
+    store["x"] = torch.zeros(2)
+    with torch.no_grad():
+        values = store.constrain_all()
+        store["x"].fill_(1.0)
+    assert values["x"].tolist() == [0.0, 0.0]
+
+
 def test_under_no_grad_there_is_no_graph(mixed):
     with torch.no_grad():
         assert not any(value.requires_grad for value in mixed.constrain_all().values())
@@ -129,6 +137,13 @@ def test_pure_function_is_differentiable_in_the_flat_tensor(mixed):
         expected = mixed.leaf(name).grad
         actual = flat.grad[segment.slice].view(segment.shape)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_reading_inside_vmap(store):
+    store.setdefault("x", torch.ones(2), c.positive)
+    values = torch.func.vmap(lambda a: store.constrain_all()["x"] * a)(torch.arange(3.0))
+    values.sum().backward()
+    assert store.leaf("x").grad.tolist() == [3.0, 3.0]
 
 
 def test_pure_function_under_vmap_and_make_fx(mixed):

@@ -14,10 +14,23 @@ import pyro.primitives
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.contrib.forecast.util import MarkDCTParamMessenger, PrefixWarmStartMessenger
+from pyro.infer import (
+    SVGD,
+    SVI,
+    JitTrace_ELBO,
+    Predictive,
+    RBFSteinKernel,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.nn.module import clear, to_pyro_module_
+from pyro.optim import DCTAdam
 from torch import nn
 from torch.distributions import constraints
 
@@ -339,6 +352,61 @@ def test_a_module_with_adopted_params_can_be_pickled(store, tmp_path):
     assert close(torch.load(file)["linear.weight"], net.linear.weight)
     twin = copy.deepcopy(net.linear)
     assert close(twin.weight, net.linear.weight)
+
+
+def test_warm_start_splices_params(store):
+    """pyro.contrib.forecast reads ``_constraints`` and assigns a longer value."""
+    pyro.param("x", torch.tensor([1.0, 2.0]), constraint=constraints.positive)
+    with PrefixWarmStartMessenger():
+        longer = pyro.param("x", torch.full((4,), 9.0), constraint=constraints.positive)
+    assert close(longer, torch.tensor([1.0, 2.0, 9.0, 9.0]))
+    assert close(store["x"], longer)
+    assert store._constraints["x"] is constraints.positive
+
+
+def test_dct_gradients_find_their_attribute(store):
+    data = torch.randn(6).cumsum(-1)
+
+    def program():
+        with pyro.plate("time", 6, dim=-1):
+            x = pyro.param("x", torch.zeros(6), event_dim=0)
+            pyro.sample("obs", dist.Normal(x, 1.0), obs=data)
+
+    with MarkDCTParamMessenger("time"):
+        svi = SVI(program, lambda: None, DCTAdam({"lr": 0.1}), Trace_ELBO())
+        before = svi.evaluate_loss()
+        for _ in range(20):
+            svi.step()
+    assert store["x"].unconstrained()._pyro_dct_dim == -1
+    assert svi.evaluate_loss() < before
+
+
+@pytest.mark.parametrize("Elbo", [JitTrace_ELBO, TraceEnum_ELBO, ReweightedWakeSleep, SVGD])
+def test_other_inference(store, data, Elbo):
+    def guide(data=None):
+        loc = pyro.param("loc_loc", torch.tensor(0.0))
+        scale = pyro.param("loc_scale", torch.tensor(1.0), constraint=constraints.positive)
+        pyro.sample("loc", dist.Normal(loc, scale))
+        scale_loc = pyro.param("scale_loc", torch.tensor(0.0))
+        pyro.sample("scale", dist.LogNormal(scale_loc, 0.1))
+
+    optimizer = pyro.optim.Adam({"lr": 0.1})
+    if Elbo is SVGD:
+        inference = SVGD(model, RBFSteinKernel(), optimizer, num_particles=4, max_plate_nesting=1)
+    else:
+        settings = {
+            JitTrace_ELBO: {"ignore_jit_warnings": True},
+            TraceEnum_ELBO: {"strict_enumeration_warning": False},
+            ReweightedWakeSleep: {"num_particles": 4},
+        }
+        inference = SVI(model, guide, optimizer, Elbo(**settings[Elbo]))
+    for _ in range(3):
+        inference.step(data)
+    before = {name: value.detach().clone() for name, value in store.items()}
+    for _ in range(3):
+        inference.step(data)
+    assert before
+    assert all(not close(store[name], value) for name, value in before.items())
 
 
 def test_jit_and_replay_substitute_params(store):

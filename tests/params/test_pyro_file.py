@@ -235,7 +235,7 @@ REAL = b"ctorch.distributions.constraints\n_Real\n"
         pickled(TENSOR, b"}(X\x0c\x00\x00\x00__defaults__K\x01ub"),
         pickled(TENSOR, b"(NNNNNtR"),
         pickled(b"(K\x01K\x02tQ"),  # a persistent id of the wrong form
-        pickled(b"r\xff\xff\xff\x7fK\x01"),  # a memo index of two thousand millions
+        pickled(b"K\x01r\xff\xff\xff\x7f"),  # a memo index of two thousand millions
         pickled(b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f"),  # bytes of eight exbibytes
         pickled(b"\x8a\xff1"),
         pickled(b"\x82\x01"),  # the extension registry

@@ -343,14 +343,20 @@ def test_the_private_dictionaries_refuse_what_would_break_the_store(store):
     ):
         with pytest.raises(TypeError, match=r"del store\[name\]"):
             attempt()
-    with pytest.raises(TypeError, match="deep-copy the store"):
-        copy.deepcopy(store._params)
+    assert copy.deepcopy(store._params)["a"] is not store["a"]
     with pytest.raises(DtypeError, match="'b' needs an unconstrained tensor, found float"):
         store._params["b"] = 1.0
     with pytest.raises(UnknownConstraintError):
         store._constraints["a"] = c.boolean
     assert store.constraint("a") is c.real
     assert list(store) == ["a"]
+
+
+def test_a_name_that_is_no_string_is_missed_like_any_other(store):
+    store._params[3] = torch.zeros(1)
+    with pytest.raises(MissingParamError, match="no param 4"):
+        store[4]
+    assert store[3].shape == (1,)
 
 
 def test_what_others_write_into_the_names_is_not_believed(store):

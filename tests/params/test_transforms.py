@@ -74,6 +74,19 @@ def test_a_class_of_a_known_name_is_not_taken_for_the_known_one():
     assert float(coding.read(torch.zeros(()))) == 2.0
 
 
+def test_a_constraint_that_cannot_be_hashed(store):
+    class Mine(type(c.positive)):
+        __hash__ = None
+
+        def __eq__(self, other):
+            return True
+
+    transform_to.register(Mine, lambda constraint: tt.ExpTransform())
+    store.setdefault("x", torch.ones(2), Mine(0.0))
+    assert store["x"].tolist() == [1.0, 1.0]
+    assert store.constrain_all()["x"].tolist() == [1.0, 1.0]
+
+
 def test_a_later_registration_is_noticed():
     class Mine(c.Constraint):
         pass
