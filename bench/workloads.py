@@ -1,8 +1,8 @@
 """The workloads that the benchmarks time: data, and a model per family of libraries.
 
-``fastsvi`` and ``pyro`` share the text of a model, and are given as the argument ``pyro``; NumPyro's
-text differs in little. Priors, data, guide (AutoNormal, initial scale 0.1), optimizer (Adam, 0.01),
-precision (float32) and threads are the same for all.
+``fastsvi`` and ``pyro`` share the text of a model, and are given as the argument ``pyro``;
+NumPyro's text differs in little. Priors, data, guide (AutoNormal, initial scale 0.1), optimizer
+(Adam, 0.01), precision (float32) and threads are the same for all.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A step of :class:`~fastsvi.infer.SVI` is a function of its state: the flat buffer, the optimizer's
 moments and step counts, and the counter of the noise. That function is recorded once and compiled.
-Before it is used it takes one step on copies, beside an eager step with the same noise; the two must
-agree.
+Before it is used it takes one step on copies, beside an eager step with the same noise; the two
+must agree.
 """
 
 from __future__ import annotations
@@ -210,9 +210,9 @@ class CapturedStep:
                 raise Disagreement(
                     loss,
                     f"the captured step gave another {what} than an eager one with the same noise: "
-                    f"largest difference {float(error):g}, largest value {float(scale):g}. Something "
-                    "outside of the tensors changes from step to step, such as a Python counter; "
-                    "the run goes on eagerly",
+                    f"largest difference {float(error):g}, largest value {float(scale):g}. "
+                    "Something outside of the tensors changes from step to step, such as a Python "
+                    "counter; the run goes on eagerly",
                 )
         return loss
 

@@ -55,7 +55,7 @@ class Losses:
 
 
 class Progress:
-    """Yields until all losses are there, and shows a bar with the smoothed loss unless ``show`` is false."""
+    """Yields until all losses are there; if ``show``, with a bar and the smoothed loss."""
 
     def __init__(self, num_steps: int, losses: Losses, show: bool) -> None:
         self.num_steps = num_steps

@@ -7,7 +7,8 @@
 """
 
 from fastsvi.params.bound import BoundDistribution
-from fastsvi.params.buffer import Buffer, Companion
+from fastsvi.params.buffer import Buffer
+from fastsvi.params.companion import Companion
 from fastsvi.params.layout import Layout, Segment
 from fastsvi.params.names import (
     module_from_param_with_module_name,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -124,18 +125,13 @@ def bind(
         else _constraint_of(family, argument)
         for argument in arguments
     }
-    before = set(store)
-    try:
+    with ExitStack() as undo:
+        undo.callback(_delete, store, [name for name in names.values() if name not in store])
         for argument, name in names.items():
             store.setdefault(name, values[argument], wanted[argument])
         with torch.no_grad():
             plain = _first_instance(family, {a: store[n] for a, n in names.items()}, fixed)
-    except BaseException:
-        for name in names.values():
-            if name in store and name not in before:
-                del store[name]
-        raise
-
+        undo.pop_all()
     quiet = _takes_validate_args(family)
 
     def make() -> Any:
@@ -149,6 +145,12 @@ def bind(
         return fresh
 
     return _bound(type(plain), make, lambda: [store.leaf(name) for name in names.values()])
+
+
+def _delete(store: ParamStore, names: Iterable[str]) -> None:
+    for name in names:
+        if name in store:
+            del store[name]
 
 
 def _as_tensors(arguments: Mapping[str, Any]) -> dict[str, Any]:

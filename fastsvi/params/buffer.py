@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.distributions.constraints import Constraint
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastsvi.errors import FastSVIWarning, MissingParamError
+from fastsvi.params.companion import Companion
 from fastsvi.params.layout import Layout
 from fastsvi.params.slab import Move, Slab, moves_between, rows
 
@@ -129,7 +129,7 @@ class Buffer:
         fresh, a leaf that left (``scope``, ``del``) and came back finds its entries again. The
         buffer holds its companions weakly.
         """
-        companion = Companion(self, fill, dtype or self.dtype)
+        companion = Companion(self, fill, dtype or self.dtype, self._values.capacity)
         self._companions.add(companion)
         return companion
 
@@ -251,7 +251,7 @@ class Buffer:
         if name in self._layout:
             segment = self._layout.forget(name)
             for companion in list(self._companions):
-                companion._park(leaf, segment.slice)
+                companion.park(leaf, segment.slice)
             self._has_gaps = True
         self._changed()
 
@@ -333,7 +333,7 @@ class Buffer:
     def _move(self, moves: list[Move], layout: Layout, capacity: int) -> None:
         bound = self._bound_leaves()
         self._grad_views = []
-        for slab in (self._values, self._grads, *(c._slab for c in self._companions)):
+        for slab in (self._values, self._grads, *(c.slab for c in self._companions)):
             if slab is not None:
                 slab.relocate(moves, capacity)
         self._seen_version = self._values.memory._version
@@ -358,7 +358,7 @@ class Buffer:
             if name in self._pending:
                 view.copy_(leaf.detach())
                 for companion in companions:
-                    companion._unpark(leaf, segment.slice)
+                    companion.unpark(leaf, segment.slice)
             leaf.data = view
         self._seen_version = self._values.memory._version
         if first_row == 0:
@@ -401,7 +401,7 @@ class Buffer:
         for name in list(self._pending):
             leaf = self._leaves[name]
             if leaf.dtype != self.dtype or leaf.device != self.device:
-                if any(companion._knows(leaf) for companion in self._companions):
+                if any(companion.knows(leaf) for companion in self._companions):
                     warnings.warn(
                         f"param {name!r} changed from {self.dtype} on {self.device} to "
                         f"{leaf.dtype} on {leaf.device}: its optimizer state starts afresh. Move "
@@ -452,33 +452,6 @@ class Buffer:
         group = self._groups.pop(name, None)
         if group is not None:
             del group[name]
-
-
-class Companion:
-    """A flat tensor with the layout of a buffer; see :meth:`Buffer.companion`."""
-
-    def __init__(self, buffer: Buffer, fill: float, dtype: torch.dtype) -> None:
-        self.buffer = buffer
-        self.fill = fill
-        self._slab = Slab(fill, buffer.device, dtype)
-        self._slab.relocate([], buffer._values.capacity)
-        self._parked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-    @property
-    def flat(self) -> Tensor:
-        """Entries in the buffer's layout, ``[N]``; read it anew after the version has changed."""
-        return self._slab.view(self.buffer.layout.size)
-
-    def _park(self, leaf: Tensor, where: slice) -> None:
-        self._parked[leaf] = self._slab.memory[where].clone()
-
-    def _unpark(self, leaf: Tensor, where: slice) -> None:
-        entries = self._parked.pop(leaf, None) if len(self._parked) else None
-        if entries is not None and len(entries) == where.stop - where.start:
-            self._slab.memory[where] = entries
-
-    def _knows(self, leaf: Tensor) -> bool:
-        return leaf in self._parked
 
 
 def _warn_of_shared_memory(

@@ -165,7 +165,8 @@ def write_atomically(path: PathLike, chunks: Iterable[bytes | memoryview]) -> No
     temporary = os.path.join(folder, f".fastsvi-{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     descriptor = os.open(temporary, flags, 0o666)
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.unlink, temporary)
         with os.fdopen(descriptor, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
@@ -174,10 +175,7 @@ def write_atomically(path: PathLike, chunks: Iterable[bytes | memoryview]) -> No
         if os.path.exists(target):
             os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
         os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+        undo.pop_all()
     if os.name == "posix":  # elsewhere a folder cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:

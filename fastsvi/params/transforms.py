@@ -182,6 +182,11 @@ def _check_tensor(name: str, value: Any) -> None:
             f"param {name!r} must be a dense tensor, found layout {value.layout}; "
             "convert it with .to_dense()"
         )
+    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise DtypeError(
+            f"param {name!r} cannot be a {type(value).__name__}, which only stands for a tensor; "
+            "register the param outside of tracing, from a plain tensor"
+        )
     if torch._C._functorch.is_functorch_wrapped_tensor(value):
         raise DtypeError(
             f"param {name!r} was first met inside torch.func.vmap or grad, where its value is a "

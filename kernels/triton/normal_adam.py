@@ -194,6 +194,8 @@ def backward_adam(
         None if x is None else x.contiguous() for x in (noise, grad_z, grad_log_q, active)
     )
     tiles, *_ = launch.tiling(elements)
+    cut = blocks(elements, num_particles, loc.dtype)
+    del cut["KINDS"]  # no table here
     with launch.on_device_of(loc):
         adam_kernel[(fits * tiles,)](
             loc,
@@ -223,7 +225,7 @@ def backward_adam(
             LOG_BETA_1=_log(betas[0]),
             LOG_BETA_2=_log(betas[1]),
             EPS=eps,
-            **blocks(elements, num_particles, loc.dtype),
+            **cut,
             **launch.OPTIONS,
         )
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-import fastsvi.distributions.transforms  # noqa: F401  (registers its constraints)
 from fastsvi.params import ParamStore
 
 

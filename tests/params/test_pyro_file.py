@@ -129,7 +129,6 @@ def test_pyro_need_not_be_installed_to_read(theirs, path):
 import sys
 sys.modules["pyro"] = None  # importing it fails
 from fastsvi.params import ParamStore
-import fastsvi.distributions.transforms
 store = ParamStore()
 store.load({str(path)!r})
 print(len(store), type(store.constraint("softplus_positive")).__module__)

@@ -256,6 +256,14 @@ def test_inside_vmap_the_error_says_so(store):
     assert not store
 
 
+def test_while_tracing_with_fake_tensors_the_error_says_so(store):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), pytest.raises(DtypeError, match=r"param 'x' cannot be a FakeTensor"):
+        store.setdefault("x", torch.zeros(3))
+    assert not store
+
+
 def test_a_param_can_be_read_inside_vmap(store):
     store.setdefault("x", torch.ones(2), c.positive)
     assert torch.func.vmap(lambda a: store["x"] * a)(torch.arange(3.0)).shape == (3, 2)

@@ -18,10 +18,10 @@ _JOIN = {"+": "{0} + {1}", "max": "larger({0}, {1})", "min": "smaller({0}, {1})"
 def emit(program: Program, plan: Schedule, num_state: int) -> tuple[str, int]:
     """C++ of the whole program, and the bytes of working memory that it needs.
 
-    ``run(inputs, constants, arena, losses, steps, stop, blas)`` makes ``steps`` steps: each replaces
-    the first ``num_state`` inputs by the outputs of the same position and appends the next output
-    to ``losses``. It looks at ``*stop`` before each step, and a step whose last output is true is
-    the last and does not count. Returns the number of steps made.
+    ``run(inputs, constants, arena, losses, steps, stop, blas)`` makes ``steps`` steps: each
+    replaces the first ``num_state`` inputs by the outputs of the same position and appends the
+    next output to ``losses``. It looks at ``*stop`` before each step, and a step whose last output
+    is true is the last and does not count. Returns the number of steps made.
     """
     lines = [
         PRELUDE,

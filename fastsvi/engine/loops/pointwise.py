@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -232,7 +233,7 @@ def _clamp(dtype: torch.dtype, x: Value, min: Any = None, max: Any = None) -> Va
     return x
 
 
-_SPECIAL = {
+_SPECIAL: dict[str, Callable[..., Value]] = {
     "pow": _pow,
     "where": _where,
     "clamp": _clamp,
