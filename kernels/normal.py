@@ -173,7 +173,10 @@ class _Sample(torch.autograd.Function):
         num_particles, scale_map, estimator = ctx.options
         if noise is None:
             noise = draw_noise(raw_scale, key, origin, num_particles)
-        grad_loc, grad_raw = backward_reference(raw_scale, noise, *grads, scale_map, estimator)
+        grad_z, grad_log_q = grads
+        grad_loc, grad_raw = backward_reference(
+            raw_scale, noise, grad_z, grad_log_q, scale_map, estimator
+        )
         return grad_loc, grad_raw, None, None, None, None, None, None
 
 
@@ -214,7 +217,7 @@ def _forward_op(
     scale_map: str,
     estimator: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = (num_particles, scale_map, estimator)
+    options: Any = (num_particles, scale_map, estimator)
     if not dispatch.runs_triton(loc.device):
         _require_no_table(table)
         z, log_q = _by_batch(_forward_batch, (loc, raw_scale, key, origin, noise), options)
@@ -249,7 +252,7 @@ def _backward_op(
     scale_map: str,
     estimator: str,
 ) -> tuple[Tensor, Tensor]:
-    options = (num_particles, scale_map, estimator)
+    options: Any = (num_particles, scale_map, estimator)
     tensors = (loc, raw_scale, key, origin, noise)
     grads = (grad_value, grad_log_q, grad_log_det)
     if not dispatch.runs_triton(loc.device):
@@ -387,7 +390,7 @@ def sample(
     >>> torch.allclose(log_q, expected)
     True
     """
-    options = (num_particles, scale_map, estimator)
+    options: Any = (num_particles, scale_map, estimator)
     z, log_q, _ = _sample("normal.sample", loc, raw_scale, key, origin, noise, None, options)
     return z, log_q
 
@@ -428,7 +431,7 @@ def sample_constrained(
         raise dispatch.error(
             op, "the table must be for the elements and the dtype of loc", table=table, loc=loc
         )
-    options = (num_particles, scale_map, estimator)
+    options: Any = (num_particles, scale_map, estimator)
     y, log_q, log_det = _sample(op, loc, raw_scale, key, origin, noise, table, options)
     return y, log_q, torch.zeros_like(log_q) if log_det is None else log_det
 

@@ -7,6 +7,7 @@ guides that saves 8 of some 60 bytes per element and step, and a launch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def _backward_adam_op(
 ) -> None:
     drawn = (key, origin, noise, grad_z, grad_log_q)
     update = (moments, step, lr, active)
-    options = (num_particles, scale_map, estimator, (beta_1, beta_2), eps)
+    options: Any = (num_particles, scale_map, estimator, (beta_1, beta_2), eps)
     if not dispatch.runs_triton(loc.device):
         _reference(loc, raw_scale, *drawn, *update, *options)
         return
@@ -181,6 +182,7 @@ def _check(
     active: Tensor | None,
 ) -> None:
     fits, elements = loc.shape
+    like: dict[str, tuple[Tensor, tuple[int, ...]]]
     like = {f"moments[{i}]": (x, (fits, elements)) for i, x in enumerate(moments)}
     like |= {"grad_z": (grad_z, (fits, num_particles, elements))} if grad_z is not None else {}
     like |= {"grad_log_q": (grad_log_q, (fits, num_particles))} if grad_log_q is not None else {}

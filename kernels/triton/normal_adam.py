@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -236,7 +237,7 @@ def _log(beta: float) -> float:
 
 # ----------------------------------------------------------------------------------- compile cases
 
-_RULE = {
+_RULE: dict[str, Any] = {
     "BETA_1": 0.9,
     "BETA_2": 0.999,
     "LOG_BETA_1": _log(0.9),

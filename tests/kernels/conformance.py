@@ -71,6 +71,7 @@ class Case:
     call: Callable[..., Any]
     grad: tuple[int, ...] = ()  # positions of the inputs to differentiate
     batched: tuple[int, ...] | None = None  # positions that vmap maps over; default: ``grad``
+    dtypes: tuple[torch.dtype, ...] = DTYPES
     interpret: bool = True
     gradcheck: bool = False
     vmap: bool = False
@@ -154,7 +155,7 @@ class Suite:
 
     cases: ClassVar[Sequence[Case]] = ()
 
-    # Which cases a test wants. float64 alone where precision is not the matter.
+    # Which cases a test wants. Where precision is not the matter, it takes the last dtype alone.
     _wants: ClassVar[dict[str, Callable[[Case], Any]]] = {
         "test_forward": lambda case: True,
         "test_backward": lambda case: case.grad,
@@ -176,7 +177,6 @@ class Suite:
         name = metafunc.function.__name__
         if name not in self._wants:
             return
-        dtypes = DTYPES if name in self._both_dtypes else DTYPES[1:]
         rows = [
             pytest.param(
                 case,
@@ -189,7 +189,7 @@ class Suite:
             if self._wants[name](case)
             for form in FORMS
             if case.interpret or form != "interpret"
-            for dtype in dtypes
+            for dtype in (case.dtypes if name in self._both_dtypes else case.dtypes[-1:])
         ]
         metafunc.parametrize(("case", "form", "dtype"), rows)
 

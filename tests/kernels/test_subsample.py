@@ -27,6 +27,7 @@ def case(fits: int, particles: int, size: int, subsample_size: int, **options) -
             key, origin, fits, particles, size, subsample_size
         ),
         batched=(0, 1),
+        dtypes=(torch.float64,),  # there are none
         **options,
     )
 
@@ -35,10 +36,11 @@ class TestIndices(Suite):
     cases = (
         case(2, 3, 0, 0, capture=False),
         case(2, 3, 1, 1, capture=False),
-        case(2, 3, 127, 5, vmap=True, compile=True),
-        case(1, 1, 1024, 1024, capture=False),
-        case(2, 3, 1025, 1025, capture=False),
-        case(2, 3, 1031, 17, vmap=True, compile=True),  # a grid with cells beyond the size
+        case(2, 1, 40, 5, vmap=True, compile=True),
+        case(1, 1, 1024, 1024, capture=False, interpret=False),
+        case(2, 1, 300, 299, capture=False),  # three blocks
+        case(2, 3, 1025, 1025, capture=False, interpret=False),
+        case(2, 1, 1031, 17, vmap=True, compile=True),  # a grid with cells beyond the size
         case(2, 0, 5000, 10, capture=False),
         case(1, 2, 1_000_003, 129, capture=False),
         case(1, 1, subsample.MAX_SIZE, 3, capture=False),
