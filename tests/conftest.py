@@ -1,4 +1,7 @@
-"""Fixtures for every test: a clean default store, and seeds that never depend on the test order."""
+"""Fixtures for every test: a clean default store, and seeds that never depend on the test order.
+
+No test may leave the checks of distributions switched otherwise than it found them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,11 @@ def clean_state():
     for library in ("fastsvi", "pyro"):
         if library in sys.modules and hasattr(sys.modules[library], "clear_param_store"):
             sys.modules[library].clear_param_store()
+    checks = torch.distributions.Distribution._validate_args
     yield
+    left = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(checks)
     for library in ("fastsvi", "pyro"):
         if library in sys.modules and hasattr(sys.modules[library], "clear_param_store"):
             sys.modules[library].clear_param_store()
+    assert left == checks, "this test left the validation of distributions changed"

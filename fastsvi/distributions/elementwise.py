@@ -209,7 +209,7 @@ class Elementwise:
         for name in self._params:
             operand = self._operand(name)
             if isinstance(operand, Tensor):
-                operand = str(operand) if operand.numel() == 1 else tuple(operand.shape)
+                operand = f"{operand}" if operand.numel() == 1 else tuple(operand.shape)
             shown.append(f"{name}: {operand}")
         if self._padded:
             shown.append(f"batch_shape: {tuple(self._batch_shape)}")

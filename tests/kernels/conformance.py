@@ -74,6 +74,7 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = DTYPES
     interpret: bool = True
     gradcheck: bool = False
+    gradcheck_interpreted: bool = False  # seconds each, and test_backward has compared it already
     vmap: bool = False
     capture: bool = True
     compile: bool = False
@@ -86,6 +87,9 @@ class Case:
             x.to(device, dtype) if x.is_floating_point() else x.to(device)
             for x in self.make(Draw())
         )
+
+    def runs_interpreted(self, test: str) -> bool:
+        return self.interpret and (test != "test_gradcheck" or self.gradcheck_interpreted)
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         outputs = self.call(*inputs)
@@ -188,7 +192,7 @@ class Suite:
             for case in self.cases
             if self._wants[name](case)
             for form in FORMS
-            if case.interpret or form != "interpret"
+            if form != "interpret" or case.runs_interpreted(name)
             for dtype in (case.dtypes if name in self._both_dtypes else case.dtypes[-1:])
         ]
         metafunc.parametrize(("case", "form", "dtype"), rows)

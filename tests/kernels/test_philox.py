@@ -85,6 +85,11 @@ def draw_case(name: str, draw, fits: int, particles: int, elements: int, origin=
     )
 
 
+def words_case(name: str, elements: int, origin: torch.Tensor | None = None, **options) -> Case:
+    options = {"capture": False, "dtypes": (torch.float64,)} | options
+    return draw_case(f"words-{name}", words, 2, 3, elements, origin, **options)
+
+
 def words(key, origin, fits, particles, elements, _dtype):
     return philox.words(key, origin, fits, particles, elements)
 
@@ -94,12 +99,14 @@ FAR = torch.tensor([(1 << 32) - 256, MASK, MASK - 1, MASK])  # the last tile; pa
 
 class TestDraws(Suite):
     cases = (
-        *[draw_case(f"words-{n}", words, 2, 3, n, capture=n == 1025, vmap=n == 3) for n in SIZES],
-        draw_case("words-far", words, 2, 3, 2048, FAR, capture=False),
-        draw_case("words-million", words, 1, 1, 1_000_003, interpret=False, capture=False),
-        draw_case("normal", philox.normal, 2, 3, 700, vmap=True, compile=True),
-        draw_case("normal-far", philox.normal, 2, 3, 1025, FAR, capture=False),
-        draw_case("uniform", philox.uniform, 2, 3, 700, vmap=True, compile=True),
+        # The interpreter takes the sizes where the layout changes; torch takes all.
+        *[words_case(str(n), n, interpret=n in (0, 3, 257, 1025)) for n in SIZES],
+        words_case("captured", 7, capture=True, vmap=True),
+        words_case("far", 1027, FAR),
+        words_case("million", 1_000_003, interpret=False),
+        draw_case("normal", philox.normal, 1, 2, 700, vmap=True, compile=True),
+        draw_case("normal-far", philox.normal, 1, 2, 1025, FAR, capture=False),
+        draw_case("uniform", philox.uniform, 1, 2, 700, vmap=True, compile=True),
         draw_case("uniform-no-particles", philox.uniform, 2, 0, 3, capture=False),
     )
 

@@ -97,10 +97,6 @@ def test_fragments(run_program, capsys):
     assert names["intractable_scale"](mu).shape == ()
 
 
-@pytest.mark.xfail(
-    reason="Elementwise.__repr__ writes tensor(6.7466); torch and Pyro write 6.746636867523193",
-    raises=AssertionError,
-)
 def test_the_trace_prints_as_in_the_text(run_program, capsys):
     names = run_program("004_introduction")
     weight = names["trace"].nodes["weight"]["value"].item()
