@@ -94,8 +94,10 @@ def logistic(pyro: ModuleType) -> Model:
     def model(x: Tensor, y: Tensor) -> None:
         weight = pyro.sample("weight", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
         bias = pyro.sample("bias", dist.Normal(0.0, 10.0))
+        # Pyro's particles are batch dimensions, which the model must leave room for.
+        logits = (x @ weight.unsqueeze(-1)).squeeze(-1) + bias
         with pyro.plate("rows", len(x)):
-            pyro.sample("y", dist.Bernoulli(logits=x @ weight + bias), obs=y)
+            pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
 
     return model
 
@@ -137,7 +139,8 @@ def intercepts(pyro: ModuleType) -> Model:
         with pyro.plate("groups", 85):
             level = pyro.sample("level", dist.Normal(mean, spread))
         with pyro.plate("rows", len(y)):
-            pyro.sample("y", dist.Normal(level[group] + slope * floor, noise), obs=y)
+            fitted = level[..., group] + slope * floor
+            pyro.sample("y", dist.Normal(fitted, noise), obs=y)
 
     return model
 

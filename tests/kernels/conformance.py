@@ -32,6 +32,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastsvi.kernels import dispatch
@@ -196,6 +197,13 @@ class Suite:
             for dtype in (case.dtypes if name in self._both_dtypes else case.dtypes[-1:])
         ]
         metafunc.parametrize(("case", "form", "dtype"), rows)
+
+    @pytest.fixture(autouse=True)
+    def _keep_validation(self) -> Iterator[None]:
+        """The first use of Dynamo turns the checks of distributions off, for the whole process."""
+        checks = Distribution._validate_args
+        yield
+        Distribution.set_default_validate_args(checks)
 
     @pytest.fixture(autouse=True)
     def _use_form(self, request: pytest.FixtureRequest) -> Iterator[None]:
