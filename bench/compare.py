@@ -37,7 +37,7 @@ PYRO_STEPS = 200  # a stock Pyro step takes some milliseconds
 
 def measure(library: str, name: str, particles: int) -> dict[str, Any]:
     """Time a run; the first steps, which compile, are timed apart."""
-    steps = max(200, WORKLOADS[name].steps // max(1, particles // 8))
+    steps = max(500, WORKLOADS[name].steps // max(1, particles // 16))
     run = {"fastsvi": run_fastsvi, "numpyro": run_numpyro, "pyro": run_pyro}[library]
     return run(name, particles, steps)
 
@@ -194,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--libraries", nargs="*", default=list(LIBRARIES), choices=list(LIBRARIES))
     parser.add_argument("--json", type=Path, help="file to keep the figures in")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -201,10 +202,9 @@ def main() -> None:
         library, name, particles = options.measure
         print(json.dumps(measure(library, name, int(particles))))
         return
-    libraries = [name for name, package in LIBRARIES.items() if is_installed(package)]
-    for name, package in LIBRARIES.items():
-        if name not in libraries:
-            print(f"{package} is not installed and left out")
+    libraries = [name for name in options.libraries if is_installed(LIBRARIES[name])]
+    for name in set(options.libraries) - set(libraries):
+        print(f"{LIBRARIES[name]} is not installed and left out")
     where = machine()
     print(", ".join(f"{key} {value}" for key, value in where.items()) + ", 1 thread")
     print("median time per step (range), fastsvi's time over it, final loss")

@@ -139,39 +139,42 @@ def _axis(start: Tensor, length: int, trailing: int) -> Tensor:
     return counters.reshape(length, *(1,) * trailing)
 
 
-def _groups(num_elements: int) -> int:
-    """How many counters the elements touch: all of a full tile, and of the last what it needs."""
-    tiles, rest = divmod(num_elements, TILE)
-    return tiles * TILE_GROUPS + min(rest, TILE_GROUPS)
+def _grid(num_elements: int) -> tuple[int, ...]:
+    """Shape of the counters to draw: those of whole tiles, or a few of the first lane alone."""
+    if num_elements <= TILE_GROUPS:
+        return (num_elements,)
+    return -(-num_elements // TILE), TILE_GROUPS
 
 
 def counter_words(
-    key: Tensor, origin: Tensor, steps: int | None, fits: int, particles: int, groups: int
+    key: Tensor,
+    origin: Tensor,
+    steps: int | None,
+    fits: int,
+    particles: int,
+    grid: tuple[int, ...],
 ) -> tuple[Tensor, ...]:
-    """Four words per counter, each int64 [(K,) F, P, G]; the axis K is there if steps is."""
+    """Four words per counter, each int64 [(K,) F, P, *grid]; the axis K is there if steps is."""
     group, step, particle, fit = origin.unbind()
+    depth = len(grid)
     counter = (
-        _axis(group, groups, 0),
-        step if steps is None else _axis(step, steps, 3),
-        _axis(particle, particles, 1),
-        _axis(fit, fits, 2),
+        _axis(group, math.prod(grid), 0).reshape(grid),
+        step if steps is None else _axis(step, steps, depth + 2),
+        _axis(particle, particles, depth),
+        _axis(fit, fits, depth + 1),
     )
     return _rounds(counter, _key_schedule(key))
 
 
 def _arrange(lanes: tuple[Tensor, ...], num_elements: int) -> Tensor:
-    """Lanes [..., G] of all counters to elements [..., D], tile by tile."""
-    tiles, rest = divmod(num_elements, TILE)
-    pieces = []
-    if tiles:
-        full = tiles * TILE_GROUPS
-        shaped = [x[..., :full].unflatten(-1, (tiles, TILE_GROUPS)) for x in lanes]
-        pieces.append(torch.stack(shaped, dim=-2).flatten(-3))
-    if rest or not tiles:
-        tails = [x[..., tiles * TILE_GROUPS :] for x in lanes]
-        for lane in range(-(-rest // TILE_GROUPS) or 1):
-            pieces.append(tails[lane][..., : min(rest - lane * TILE_GROUPS, TILE_GROUPS)])
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+    """Lanes [..., D] or [..., T, 256] of all counters to elements [..., D].
+
+    The rest of the last tile is drawn and cut off: as a view it costs nothing, while putting tiles
+    and rest together would keep Inductor from fusing the draw with what uses it.
+    """
+    if num_elements <= TILE_GROUPS:
+        return lanes[0]
+    return torch.stack(lanes, dim=-2).flatten(-3)[..., :num_elements]
 
 
 def _unit(words: Tensor, dtype: torch.dtype) -> Tensor:
@@ -203,12 +206,11 @@ def draw_reference(
     kind: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    words = counter_words(key, origin, steps, fits, particles, _groups(elements))
+    words = counter_words(key, origin, steps, fits, particles, _grid(elements))
     if kind == WORDS:
         return _arrange(words, elements)
     if kind == UNIFORM:
         return _unit(_arrange(words, elements), dtype)
-    # A single short tile has its numbers in the first lanes: leave the others undrawn.
     lanes = _box_muller(words[0], words[1], dtype, sine=elements > TILE_GROUPS)
     if elements > 2 * TILE_GROUPS:
         lanes += _box_muller(words[2], words[3], dtype, sine=True)

@@ -116,7 +116,7 @@ def _reference(
         words = philox.draw_reference(key, origin, *counts, philox.WORDS, torch.int64)
         return _sorted_reference(words, size, subsample_size)
     # All lanes of two counters: eight round keys [..., F, P, 8] per subset.
-    words = torch.cat(philox.counter_words(key, origin, steps, fits, particles, ROUNDS // 4), -1)
+    words = torch.cat(philox.counter_words(key, origin, steps, fits, particles, (ROUNDS // 4,)), -1)
     return _walked_reference(words, size, subsample_size)
 
 

@@ -94,6 +94,9 @@ class Runner:
         return loss
 
     def _is_worth_it(self) -> bool:
+        kept = self.svi._captured
+        if kept is not None and kept.serves(self.args, self.kwargs):
+            return True
         if self.compile is True:
             return self._eager_steps > 0
         if self._eager_steps < _WARM_UP:

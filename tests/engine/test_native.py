@@ -111,6 +111,9 @@ FUNCTIONS = {
         .square()
         .sum()
     ),
+    "large bmm of one matrix": lambda x: vmap(
+        lambda row: (large(x, 900, 4) @ row.unsqueeze(-1)).squeeze(-1).exp().sum()
+    )(x.view(3, 4)).sum(),
     "large mv of many": lambda x: vmap(lambda row: (large(x, 900, 4) @ row).exp().sum())(
         x.view(3, 4)
     ).sum(),

@@ -125,6 +125,14 @@ class TestProcess:
         code = "from fastsvi.kernels import dispatch; print(dispatch.forced())"
         assert run_python(code, FASTSVI_KERNELS="torch").stdout.strip() == "torch"
 
+    def test_the_interpreter_can_be_asked_for_by_the_environment(self):
+        code = (
+            "from fastsvi.kernels import philox\n"
+            "print(philox.words(philox.derive_key(0, 0), philox.make_origin(), 1, 1, 3).tolist())"
+        )
+        interpreted = run_python(code, FASTSVI_KERNELS="interpret", TRITON_INTERPRET="0")
+        assert interpreted.stdout == run_python(code).stdout != ""
+
     def test_unknown_environment_is_reported_by_the_first_call(self):
         code = (
             "import torch; from fastsvi.kernels import dispatch\n"

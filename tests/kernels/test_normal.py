@@ -71,6 +71,8 @@ class TestSample(Suite):
     cases = (
         *MIXED,
         case("given", 2, 3, 5, given=True, gradcheck=True, vmap=True, compile=True, capture=True),
+        case("vmap-origin", 2, 3, 5, vmap=True, batched=(3,)),
+        case("vmap-loc-and-key", 2, 3, 5, "softplus", "stl", vmap=True, batched=(0, 2)),
         case("one", 1, 1, 1, compile=True, capture=True),
         case("tile-less-one", 1, 1, 1023),
         case("odd-127", 3, 1, 127),
@@ -196,6 +198,24 @@ def test_the_cpu_rule_has_no_form_with_a_table():
         torch.ops.fastsvi.normal_forward(
             *torch.zeros(2, 1, 1, 3), *at, None, tensors, 2, 1, "exp", "stl"
         )
+
+
+@pytest.mark.parametrize("form", ["torch", OPCHECK_FORM])
+def test_vmap_in_vmap(form):
+    device = "cuda" if form == "triton" else "cpu"
+    locs = torch.randn(3, 2, 1, 5, device=device)
+    keys = torch.stack([philox.derive_key(seed, 0) for seed in range(2)]).to(device)
+    at = philox.make_origin(device=device)
+
+    def draw(loc, key):
+        return normal.sample(loc, torch.zeros_like(loc), key, at, 4)
+
+    with dispatch.use(form):
+        z, log_q = torch.func.vmap(torch.func.vmap(draw), (0, None))(locs, keys)
+        for i in range(3):
+            for j in range(2):
+                expected = draw(locs[i, j], keys[j])
+                torch.testing.assert_close((z[i, j], log_q[i, j]), expected)
 
 
 @pytest.mark.parametrize("scale_map", normal.SCALE_MAPS)

@@ -162,11 +162,11 @@ def test_noise_block_keeps_to_its_memory():
     assert philox.NoiseBlock(KEY, philox.make_origin(), 1, 64, 10_000).num_steps == 1
 
 
-def test_a_short_last_tile_draws_few_counters():
-    assert philox._groups(3) == 3
-    assert philox._groups(1024) == 256
-    assert philox._groups(1027) == 259
-    assert philox._groups(1500) == 512
+def test_few_elements_draw_few_counters():
+    assert philox._grid(3) == (3,)
+    assert philox._grid(256) == (256,)
+    assert philox._grid(257) == (1, 256)
+    assert philox._grid(1025) == (2, 256)
 
 
 def test_origin_is_data_to_a_captured_graph():

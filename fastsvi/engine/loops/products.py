@@ -58,7 +58,10 @@ def source(x: Value) -> tuple[Array, Indices, tuple[Axis, ...]]:
 
 
 def is_plain(x: Value) -> bool:
-    """Whether ``x`` is the whole of one array, up to the order and number of its axes of 1."""
+    """Whether ``x`` is the whole of one array, up to the order and number of its axes of 1.
+
+    A batch may repeat one matrix: its axis then does not move.
+    """
     if x.cost:
         return False
     body = Body()
@@ -72,9 +75,9 @@ def is_plain(x: Value) -> bool:
     (indices,) = places
     moving = [axis for axis in axes if axis.extent != 1]
     read = [i for i, extent in zip(indices, array.shape, strict=True) if extent != 1]
-    return len(moving) == len(read) and all(
-        any(index == of_axis(axis) for index in read) for axis in moving
-    )
+    used = [axis for axis in moving if any(index == of_axis(axis) for index in read)]
+    repeated = [axis for axis in moving if axis not in used]
+    return len(used) == len(read) and (not repeated or (len(axes) == 3 and repeated == [axes[0]]))
 
 
 def has_rows(x: Value) -> bool:
