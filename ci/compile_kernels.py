@@ -2,7 +2,8 @@
 
 For each ``CompileCase`` in ``kernels/triton/*.py`` and each target: it compiles; it keeps all its
 values in registers (no stack, no local memory); its global accesses are 128 bits wide where the
-case says that alignment allows it; its code is no larger than the case's ceiling.
+case says that alignment allows it; its code is no larger than the case's ceiling. It also compiles
+for sizes of 1, which Triton takes for constants.
 
     python ci/compile_kernels.py                 # all kernels, all targets
     python ci/compile_kernels.py normal --target cuda:90
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -168,6 +169,21 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
+def with_ones(case: CompileCase) -> CompileCase:
+    """The case as it is compiled where all its numbers are 1; any code that compiles will do."""
+    numbers = [n for n, kind in case.signature.items() if kind in ("i32", "i64")]
+    ones = dict.fromkeys((n for n in numbers if n not in case.never_one), 1)
+    return replace(
+        case,
+        name=f"{case.name} (ones)",
+        signature={n: kind for n, kind in case.signature.items() if n not in ones},
+        constants={**case.constants, **ones},
+        divisible=tuple(n for n in case.divisible if n not in ones),
+        wide_loads=0,
+        wide_stores=0,
+    )
+
+
 def check(names: Iterable[str], targets: Iterable[str]) -> Iterator[tuple[Report, list[str]]]:
     """Reports and faults of the cases whose name starts with one of ``names``."""
     prefixes = tuple(names) or ("",)
@@ -176,6 +192,9 @@ def check(names: Iterable[str], targets: Iterable[str]) -> Iterator[tuple[Report
             for target in targets:
                 report = compile_case(case, target)
                 yield report, report.faults(case)
+            ones = with_ones(case)
+            report = compile_case(ones, "cuda:90")
+            yield report, report.faults(ones)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -40,7 +40,9 @@ class CompileCase:
     """One way in which a kernel is compiled, and what its code must look like.
 
     ``signature`` maps each runtime argument to its Triton type, ``"*fp32"`` or ``"i32"``; names in
-    ``divisible`` are multiples of 16, as aligned pointers and sizes are at run time.
+    ``divisible`` are multiples of 16, as aligned pointers and sizes are at run time. Triton turns a
+    number that is 1 at run time into a constant, which has no ``.to()`` and such, so each case is
+    also compiled with all its numbers 1, but for those in ``never_one``.
     """
 
     name: str
@@ -48,6 +50,7 @@ class CompileCase:
     signature: Mapping[str, str]
     constants: Mapping[str, Any]
     divisible: tuple[str, ...] = ()
+    never_one: tuple[str, ...] = ()
     threads: int = 128
     wide_loads: int = 0  # fewest 128-bit global loads
     wide_stores: int = 0

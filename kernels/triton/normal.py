@@ -31,6 +31,7 @@ from fastsvi.kernels.triton.philox import (
     tile_words,
 )
 from fastsvi.kernels.triton.special import HALF_LOG_2PI, log_sigmoid, sigmoid, softplus
+from fastsvi.kernels.triton.transforms import _inside as inside
 
 KIND_EXP = tl.constexpr(int(Kind.EXP))
 KIND_SOFTPLUS = tl.constexpr(int(Kind.SOFTPLUS))
@@ -62,18 +63,9 @@ def scale_and_log(raw, SCALE_MAP: tl.constexpr):
 
 
 @triton.jit
-def _inside(u):
-    """Away from 0 and 1, as the torch reference clips."""
-    if u.dtype == tl.float32:
-        return tl.clamp(u, 1.1754943508222875e-38, 0.99999988079071044921875)
-    else:
-        return tl.clamp(u, 2.2250738585072014e-308, 0.9999999999999997779554)
-
-
-@triton.jit
 def _constrain(x, kind, KINDS: tl.constexpr):
     """f(x) and log|f'(x)| where each element has its own kind; KINDS has a bit per kind in use."""
-    y, log_slope = x, x * 0.0
+    y, log_slope = x, tl.zeros_like(x)
     if HAS_EXP & KINDS:
         chosen = kind == KIND_EXP
         y, log_slope = tl.where(chosen, exp(x), y), tl.where(chosen, x, log_slope)
@@ -84,7 +76,7 @@ def _constrain(x, kind, KINDS: tl.constexpr):
             y, log_slope = tl.where(chosen, softplus(x), y), tl.where(chosen, below, log_slope)
         if HAS_SIGMOID & KINDS:
             chosen = kind == KIND_SIGMOID
-            y = tl.where(chosen, _inside(sigmoid(x)), y)
+            y = tl.where(chosen, inside(sigmoid(x)), y)
             log_slope = tl.where(chosen, below + log_sigmoid(-x), log_slope)
     return y, log_slope
 
@@ -150,7 +142,7 @@ def forward_kernel(
     for lane in tl.static_range(LANES):
         within = lane * TILE_GROUPS + groups
         valid = within < stride - start
-        own = row * stride.to(tl.int64) + start + within
+        own = row.to(tl.int64) * stride + start + within
         raw_scale = tl.load(raw_scale_ptr + own, mask=valid, other=1.0)
         scale, log_scale = scale_and_log(raw_scale, SCALE_MAP)
         log_scale_sum += tl.where(valid, log_scale + HALF_LOG_2PI, 0.0)

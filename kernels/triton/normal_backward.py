@@ -46,18 +46,18 @@ from fastsvi.kernels.triton.special import sigmoid
 def _slopes(raw, scale, SCALE_MAP: tl.constexpr):
     """Derivatives of scale and log(scale) by the unconstrained value."""
     if SCALE_MAP == "exp":
-        return scale, raw * 0.0 + 1.0
+        return scale, tl.zeros_like(raw) + 1.0
     elif SCALE_MAP == "softplus":
         slope = sigmoid(raw)
         return slope, tl.where(raw < -37.0, 1.0, slope / scale)
     else:
-        return raw * 0.0 + 1.0, 1.0 / raw
+        return tl.zeros_like(raw) + 1.0, 1.0 / raw
 
 
 @triton.jit
 def _constrain_slopes(x, kind, KINDS: tl.constexpr):
     """Derivatives of what :func:`_constrain` returns."""
-    slope, log_slope = x * 0.0 + 1.0, x * 0.0
+    slope, log_slope = tl.zeros_like(x) + 1.0, tl.zeros_like(x)
     if HAS_EXP & KINDS:
         chosen = kind == KIND_EXP
         slope, log_slope = tl.where(chosen, exp(x), slope), tl.where(chosen, 1.0, log_slope)
@@ -152,7 +152,7 @@ def gradients(
                 grad = tl.load(grad_value_ptr + at, mask=valid, other=0.0)
             if STL or KINDS:
                 here = within < left
-                at = row * stride.to(tl.int64) + start + within
+                at = row.to(tl.int64) * stride + start + within
                 raw_scale = tl.load(raw_scale_ptr + at, mask=here, other=1.0)
                 scale, _ = scale_and_log(raw_scale, SCALE_MAP)
                 if KINDS:

@@ -217,6 +217,7 @@ def _case(name: str, kernel: Any, threads: int, size: str = "i32", **blocks: int
         signature={n: types.get(n, "i32") for n in kernel.arg_names if n not in blocks},
         constants=blocks,
         divisible=("key_ptr", "origin_ptr", "out_ptr"),
+        never_one=("rows", "columns"),  # of a grid with more than 1,024 cells
         threads=threads,
     )
 

@@ -22,7 +22,8 @@ sys.path.insert(0, {ci!r})
 
 import triton
 import triton.language as tl
-from compile_kernels import compile_case
+from compile_kernels import compile_case, with_ones
+from triton import CompilationError
 from fastsvi.kernels.triton.launch import CompileCase
 
 
@@ -43,6 +44,12 @@ def hoarding_kernel(in_ptr, out_ptr, num_elements, BLOCK: tl.constexpr):
         tl.store(out_ptr + i * num_elements + at, held[15 - i] * held[i])
 
 
+@triton.jit
+def long_kernel(in_ptr, out_ptr, num_elements, BLOCK: tl.constexpr):
+    at = num_elements.to(tl.int64) + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, tl.load(in_ptr + at))
+
+
 def case(name, kernel, block, **options):
     types = {{"in_ptr": "*fp32", "out_ptr": "*fp32", "num_elements": "i32"}}
     return CompileCase(name, kernel, types, {{"BLOCK": block}}, threads=32, **options)
@@ -58,6 +65,14 @@ for case, target in [
     (case("spilling", hoarding_kernel, 4096, divisible=aligned), "hip:gfx942"),
 ]:
     print(case.name, target, "|", "; ".join(compile_case(case, target).faults(case)))
+
+brittle = CompileCase("brittle", long_kernel, {{"in_ptr": "*fp32", "out_ptr": "*fp32",
+                      "num_elements": "i32"}}, {{"BLOCK": 32}}, threads=32)
+compile_case(brittle, "cuda:90")
+try:
+    compile_case(with_ones(brittle), "cuda:90")
+except CompilationError as error:
+    print("brittle ones |", "to" in str(error))
 '''
 
 
@@ -84,6 +99,7 @@ def test_faults_are_found(tmp_path):
     assert found["good", "hip:gfx942"] == ""
     assert "0 128-bit loads, expected at least 4" in found["unaligned", "cuda:90"]
     assert "0 128-bit stores, expected at least 4" in found["unaligned", "cuda:90"]
+    assert found["brittle", "ones"] == "True"
     assert "too large" in found["large", "cuda:90"]
     assert "spills" in found["spilling", "cuda:90"]
     assert "spills" in found["spilling", "hip:gfx942"]
@@ -92,7 +108,7 @@ def test_faults_are_found(tmp_path):
 def test_a_kernel_of_ours_compiles_for_every_target(tmp_path):
     table = tmp_path / "table.tsv"
     out = run("ci/compile_kernels.py", "philox.draw-normal-short", "--out", str(table))
-    assert "4 compiled, 0 at fault" in out
+    assert "5 compiled, 0 at fault" in out
     header, *rows = [line.split("\t") for line in table.read_text().splitlines()]
     assert header[:2] == ["case", "target"]
     assert {row[1] for row in rows} == {"cuda:80", "cuda:90", "cuda:100", "hip:gfx942"}
