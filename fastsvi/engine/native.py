@@ -24,8 +24,9 @@ class NativeStep:
     A step whose ``halt``, a bool scalar, is true ends the run and is not counted; the step itself
     must see to it that its new state is the old one then.
 
-    Tensors that the step reads without being given them are read where they lie, so data that is
-    changed in place is seen; those of one element are frozen at their value.
+    What the step reads without being given it is taken for constant: large tensors are read where
+    they lie, but numbers and whatever was computed from constants are frozen. ``graph.is_current``
+    says whether any has been written to since.
 
     Args:
         step: a pure function; every new state has the shape and dtype of the old.
@@ -63,7 +64,7 @@ class NativeStep:
                     f"argument {position} of a native step must be a contiguous CPU tensor, found "
                     f"shape {tuple(tensor.shape)}, strides {tensor.stride()} on {tensor.device}"
                 )
-        graph = record(step, self._tensors, aliases)
+        self.graph = graph = record(step, self._tensors, aliases)
         self._check(graph)
         program = Program(graph)
         plan = schedule(program, len(state))

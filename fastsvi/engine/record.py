@@ -11,6 +11,7 @@ fit of a small model.
 from __future__ import annotations
 
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,12 @@ class Graph:
     inputs: list[Node]
     nodes: list[Node]
     outputs: list[Node]
+    read: list[tuple[weakref.ref[Tensor], int]]  # tensors taken for constant, and their versions
+
+    def is_current(self) -> bool:
+        """Whether nothing that was taken for constant has been written to since."""
+        tensors = ((reference(), version) for reference, version in self.read)
+        return all(tensor is None or tensor._version == version for tensor, version in tensors)
 
 
 # Reading these from a tensor that depends on the inputs makes Python depend on data.
@@ -80,12 +87,15 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.nodes: list[Node] = []
+        self._own: set[int] = set()  # memory of the inputs
+        self.read: list[tuple[weakref.ref[Tensor], int]] = []
         self._node_of: dict[int, Node] = {}
         self._alive: list[Tensor] = []  # an id names its tensor only while the tensor lives
         self._seen: dict[Any, Node] = {}
         self._table = decompositions()
 
     def input(self, tensor: Tensor) -> Node:
+        self._own.add(tensor.untyped_storage().data_ptr())
         return self._bind(tensor, Node("input", (), {}, tensor))
 
     def alias(self, tensor: Tensor, part: Tensor) -> None:
@@ -95,6 +105,9 @@ class _Recorder(TorchDispatchMode):
         node = self._node_of.get(id(tensor))
         if node is None:
             node = self._bind(tensor, Node("constant", (), {}, tensor.detach()))
+            place = tensor.untyped_storage().data_ptr()
+            if not tensor.is_inference() and place not in self._own:
+                self.read.append((weakref.ref(tensor), tensor._version))
         return node
 
     def _bind(self, tensor: Tensor, node: Node) -> Node:
@@ -219,7 +232,7 @@ def record(
             recorder.alias(tensor, part(*inputs))
     with recorder:
         outputs = [recorder.node_of(tensor) for tensor in function(*inputs)]
-    return _live(Graph(nodes, recorder.nodes, outputs))
+    return _live(Graph(nodes, recorder.nodes, outputs, recorder.read))
 
 
 def _live(graph: Graph) -> Graph:

@@ -177,6 +177,7 @@ class CapturedStep:
             self._names == tuple(kwargs)
             and len(arguments) == len(self._arguments)
             and all(a is b for a, b in zip(arguments, self._arguments, strict=True))
+            and self.native.graph.is_current()
             and self.is_current()
         )
 

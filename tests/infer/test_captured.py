@@ -252,6 +252,9 @@ def test_a_second_run_uses_the_same_captured_step():
     assert again.native_steps == 49  # one eager step, to check against
     other = tuple(x.clone() for x in schools_data)
     svi.run(50, *other, progress_bar=False, compile=True)
+    captured = svi._captured
+    other[0].mul_(1.0)  # what was computed from it, such as its logarithm, is out of date
+    svi.run(50, *other, progress_bar=False, compile=True)
     assert svi._captured is not captured
 
 
