@@ -36,6 +36,7 @@ from fastsvi.distributions.heavy_tailed import Cauchy, HalfCauchy, Laplace, Stud
 from fastsvi.distributions.improper_uniform import ImproperUniform
 from fastsvi.distributions.kl import kl_divergence, register_kl
 from fastsvi.distributions.lkj import LKJ, LKJCorrCholesky
+from fastsvi.distributions.low_rank_normal import LowRankMultivariateNormal
 from fastsvi.distributions.mixture import MaskedMixture
 from fastsvi.distributions.multivariate import MultivariateStudentT, ProjectedNormal
 from fastsvi.distributions.normal import HalfNormal, LogNormal, Normal
@@ -69,7 +70,6 @@ from fastsvi.distributions.torch_families import (
     Kumaraswamy,
     LKJCholesky,
     LogisticNormal,
-    LowRankMultivariateNormal,
     MixtureSameFamily,
     Multinomial,
     MultivariateNormal,

@@ -11,7 +11,13 @@ from torch.distributions.utils import lazy_property, logits_to_probs, probs_to_l
 from torch.nn.functional import logsigmoid, softplus
 
 from fastsvi.distributions.elementwise import Elementwise, Operand, parameter
-from fastsvi.distributions.noise import blank, inside_transform
+from fastsvi.distributions.noise import (
+    bernoulli,
+    categorical,
+    current_source,
+    inside_transform,
+    open_uniform,
+)
 from fastsvi.distributions.torch_distribution import TorchDistribution
 from fastsvi.distributions.util import SCALAR, Shape
 from fastsvi.distributions.values import Lenient, as_tensor
@@ -84,7 +90,7 @@ class Bernoulli(_Binary, torch.distributions.Bernoulli, TorchDistribution):  # t
     def sample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw of zeros and ones, shape ``sample_shape + batch_shape``."""
         with torch.no_grad():
-            return torch.bernoulli(self.probs.expand(self._size(sample_shape)))
+            return bernoulli(self.probs.expand(self._size(sample_shape)))
 
     def log_prob(self, value: Any) -> Tensor:
         """Log-probability of ``value``; shape ``sample_shape + batch_shape``."""
@@ -111,8 +117,7 @@ class Geometric(_Binary, torch.distributions.Geometric, TorchDistribution):
     def sample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw of counts, shape ``sample_shape + batch_shape``."""
         with torch.no_grad():
-            noise = blank(self._size(sample_shape), **self._options())
-            noise = noise.uniform_(torch.finfo(noise.dtype).tiny, 1)
+            noise = open_uniform(self._size(sample_shape), **self._options())
             return (noise.log() / (-self.probs).log1p()).floor()
 
     def log_prob(self, value: Any) -> Tensor:
@@ -198,6 +203,13 @@ class Categorical(Lenient, torch.distributions.Categorical, TorchDistribution):
         if _instance is None and type(self).__init__ is Categorical.__init__:
             _instance = object.__new__(type(self))
         return super().expand(batch_shape, _instance)
+
+    def sample(self, sample_shape: Shape = SCALAR) -> Tensor:
+        """A draw of categories, int64, shape ``sample_shape + batch_shape``."""
+        source = current_source()
+        if source is None:
+            return super().sample(torch.Size(sample_shape))
+        return categorical(self.probs, self.shape(sample_shape), source)
 
     def log_prob(self, value: Any) -> Tensor:
         """Log-probability of ``value``; shape ``sample_shape + batch_shape``."""

@@ -17,7 +17,7 @@ from fastsvi.distributions.elementwise import (
     minus_product,
     parameter,
 )
-from fastsvi.distributions.noise import blank, dirichlet
+from fastsvi.distributions.noise import dirichlet, exponential
 from fastsvi.distributions.torch_distribution import TorchDistribution
 from fastsvi.distributions.util import SCALAR, Shape
 from fastsvi.distributions.values import Lenient
@@ -100,7 +100,7 @@ class Exponential(Elementwise, torch.distributions.Exponential, TorchDistributio
 
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw with gradients to ``rate``, shape ``sample_shape + batch_shape``."""
-        noise = blank(self._size(sample_shape), **self._options()).exponential_()
+        noise = exponential(self._size(sample_shape), **self._options())
         return noise / self._rate
 
     def log_prob(self, value: Any) -> Tensor:

@@ -22,7 +22,7 @@ from fastsvi.distributions.elementwise import (
     standardize,
 )
 from fastsvi.distributions.gamma import Chi2
-from fastsvi.distributions.noise import blank
+from fastsvi.distributions.noise import cauchy, laplace, normal
 from fastsvi.distributions.torch_distribution import TorchDistribution
 from fastsvi.distributions.transformed import TransformedDistribution
 from fastsvi.distributions.util import SCALAR, Shape
@@ -54,7 +54,7 @@ class Cauchy(Elementwise, torch.distributions.Cauchy, TorchDistribution):
 
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw with gradients to ``loc`` and ``scale``, shape ``sample_shape + batch_shape``."""
-        noise = blank(self._size(sample_shape), **self._options()).cauchy_()
+        noise = cauchy(self._size(sample_shape), **self._options())
         return self._loc + noise * self._scale
 
     def log_prob(self, value: Any) -> Tensor:
@@ -88,7 +88,7 @@ class HalfCauchy(Elementwise, torch.distributions.HalfCauchy, TransformedDistrib
 
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw with gradients to ``scale``, shape ``sample_shape + batch_shape``."""
-        noise = blank(self._size(sample_shape), **self._options()).cauchy_()
+        noise = cauchy(self._size(sample_shape), **self._options())
         return (noise * self._scale).abs()
 
     def log_prob(self, value: Any) -> Tensor:
@@ -116,9 +116,8 @@ class Laplace(Elementwise, torch.distributions.Laplace, TorchDistribution):
 
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw with gradients to ``loc`` and ``scale``, shape ``sample_shape + batch_shape``."""
-        noise = blank(self._size(sample_shape), **self._options())
-        noise = noise.uniform_(torch.finfo(noise.dtype).eps - 1, 1)
-        return self._loc - self._scale * noise.sign() * torch.log1p(-noise.abs())
+        noise = laplace(self._size(sample_shape), **self._options())
+        return self._loc + noise * self._scale
 
     def log_prob(self, value: Any) -> Tensor:
         """Log-density of ``value``; shape ``sample_shape + batch_shape``."""
@@ -159,7 +158,7 @@ class StudentT(Elementwise, torch.distributions.StudentT, TorchDistribution):
 
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw with gradients to all parameters, shape ``sample_shape + batch_shape``."""
-        noise = torch.randn(self._size(sample_shape), **self._options())
+        noise = normal(self._size(sample_shape), **self._options())
         y = noise * torch.rsqrt(self._chi2.rsample(sample_shape) / self.df)
         return self._loc + y * self._scale
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.distributions import biject_to, transform_to
 from torch.distributions.transforms import (
     ComposeTransform,
-    CorrCholeskyTransform,
     ExpTransform,
     SoftplusTransform,
     Transform,
 )
 
 from fastsvi.distributions import constraints
+from fastsvi.distributions.stick_breaking import CorrCholeskyTransform
 from fastsvi.errors import ShapeError
 
 __all__ = [
@@ -74,7 +74,7 @@ class CorrMatrixCholeskyTransform(CholeskyTransform):
 
 
 class CorrLCholeskyTransform(CorrCholeskyTransform):
-    """Deprecated name of :class:`~torch.distributions.transforms.CorrCholeskyTransform`."""
+    """Deprecated name of :class:`CorrCholeskyTransform`."""
 
     def __init__(self, cache_size: int = 0) -> None:
         warnings.warn(

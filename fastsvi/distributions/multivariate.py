@@ -86,7 +86,7 @@ class MultivariateStudentT(TorchDistribution):
 
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw with gradients to all parameters, ``sample_shape + batch_shape + (D,)``."""
-        noise = normal(self.shape(sample_shape), self.loc)
+        noise = normal(self.shape(sample_shape), self.loc.dtype, self.loc.device)
         chi2 = Chi2(self.df, validate_args=False).rsample(sample_shape)
         y = noise * torch.rsqrt(chi2 / self.df).unsqueeze(-1)
         return self.loc + (self.scale_tril @ y.unsqueeze(-1)).squeeze(-1)
@@ -168,8 +168,9 @@ class ProjectedNormal(TorchDistribution):
 
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A unit vector with gradients, shape ``sample_shape + batch_shape + (D,)``."""
-        noise = normal(self.shape(sample_shape), self.concentration)
-        return safe_normalize(noise + self.concentration)
+        loc = self.concentration
+        noise = normal(self.shape(sample_shape), loc.dtype, loc.device)
+        return safe_normalize(noise + loc)
 
     def log_prob(self, value: Any) -> Tensor:
         """Log-density of ``value`` on the sphere; shape ``sample_shape + batch_shape``."""

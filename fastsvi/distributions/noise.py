@@ -1,15 +1,21 @@
 """Random draws that work eagerly, under vmap and in a capture.
 
-torch's families fill an empty tensor in place. Under ``torch.func.vmap`` that tensor is not mapped,
-so all particles would share their noise, and vmap refuses. The functions here draw separately for
-every particle. Outside vmap they use the stream of random numbers that torch's (and so Pyro's)
-families use.
+Two things are in the way of what torch's families do. They fill an empty tensor in place: under
+``torch.func.vmap`` that tensor is not mapped, so all particles would share their noise, and vmap
+refuses. And they draw from a generator, whose numbers depend on all that was drawn before.
+
+So all noise comes from the functions here. Outside of :func:`drawn_from` they use torch's
+generator, with the numbers that torch's (and so Pyro's) families draw. Inside, the noise comes
+from a :class:`Source`, which the engine makes of a seed and counters. Families that are drawn by
+rejection (gamma, Poisson and their kin) use up a varying count of random numbers, which no counter
+can foresee; they stay with torch's generator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,9 +35,135 @@ def inside_transform() -> bool:
     return _innermost_transform() is not None
 
 
-def normal(shape: Shape, like: Tensor) -> Tensor:
-    """Standard normal noise with the dtype and device of ``like``."""
-    return torch.randn(shape, dtype=like.dtype, device=like.device)
+# ----------------------------------------------------------------------------------- where from
+
+
+class Source(Protocol):
+    """What noise can be drawn from in place of torch's generator."""
+
+    def normal(self, shape: Shape, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+        """Standard normals."""
+
+    def uniform(self, shape: Shape, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+        """Numbers strictly between 0 and 1; in float32 they come as close as 2**-33 and 2**-24."""
+
+    def subset(self, name: str, size: int, subsample_size: int, device: Any) -> Tensor:
+        """The subset of ``range(size)`` that the plate of this name shows."""
+
+
+_source: Source | None = None
+_source_depth = 0  # of the transforms that the source knows of
+
+
+def _depth() -> int:
+    transform = _innermost_transform()
+    return getattr(transform, "level", int)() if transform is not None else 0
+
+
+@contextmanager
+def drawn_from(source: Source | None) -> Iterator[None]:
+    """Draw all noise from ``source`` for the length of a ``with`` block; None is torch's generator.
+
+    >>> class Zeros:
+    ...     def normal(self, shape, dtype, device):
+    ...         return torch.zeros(shape, dtype=dtype, device=device)
+    >>> with drawn_from(Zeros()):
+    ...     normal((2,), torch.float32, None)
+    tensor([0., 0.])
+    """
+    global _source, _source_depth
+    before = _source, _source_depth
+    _source, _source_depth = source, _depth()
+    try:
+        yield
+    finally:
+        _source, _source_depth = before
+
+
+def current_source() -> Source | None:
+    """The source that noise is drawn from; None is torch's generator.
+
+    Inside a vmap of the program's own there is none: a source cannot know how often it maps.
+    """
+    return _source if _source is None or _depth() == _source_depth else None
+
+
+# ------------------------------------------------------------------------------------- primitives
+
+
+def normal(shape: Shape, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Standard normal noise."""
+    source = current_source()
+    if source is not None:
+        return source.normal(shape, dtype, device)
+    return torch.randn(shape, dtype=dtype, device=device)
+
+
+def uniform(shape: Shape, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Uniform noise; from torch's generator it may be 0."""
+    source = current_source()
+    if source is not None:
+        return source.uniform(shape, dtype, device)
+    return torch.rand(shape, dtype=dtype, device=device)
+
+
+def open_uniform(shape: Shape, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Uniform noise that is never 0, for those who take its logarithm."""
+    source = current_source()
+    if source is not None:
+        return source.uniform(shape, dtype, device)
+    return blank(shape, dtype, device).uniform_(torch.finfo(dtype).tiny, 1)
+
+
+def exponential(shape: Shape, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Standard exponential noise."""
+    source = current_source()
+    if source is not None:
+        # The small numbers have the finer grain, so the long tail is made of them.
+        return -source.uniform(shape, dtype, device).log()
+    return blank(shape, dtype, device).exponential_()
+
+
+def cauchy(shape: Shape, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Standard Cauchy noise."""
+    source = current_source()
+    if source is not None:
+        u = source.uniform(shape, dtype, device)
+        # tan(pi (u - 1/2)), but u - 1/2 would round the left tail away.
+        outwards = (torch.minimum(u, 1 - u) * torch.pi).tan().reciprocal()
+        return torch.where(u < 0.5, -outwards, outwards)
+    return blank(shape, dtype, device).cauchy_()
+
+
+def laplace(shape: Shape, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Standard Laplace noise."""
+    source = current_source()
+    if source is not None:
+        u = source.uniform(shape, dtype, device)
+        outwards = -(2 * torch.minimum(u, 1 - u)).log()
+        return torch.where(u < 0.5, -outwards, outwards)
+    noise = blank(shape, dtype, device)
+    noise = noise.uniform_(torch.finfo(dtype).eps - 1, 1)
+    return -noise.sign() * torch.log1p(-noise.abs())
+
+
+def bernoulli(probs: Tensor) -> Tensor:
+    """One 0 or 1 for each entry of ``probs``, without gradient."""
+    source = current_source()
+    if source is not None:
+        return (source.uniform(probs.shape, probs.dtype, probs.device) < probs).to(probs.dtype)
+    return torch.bernoulli(probs)
+
+
+def categorical(probs: Tensor, shape: Shape, source: Source) -> Tensor:
+    """Indices of ``shape`` below ``K`` with ``probs`` ``(..., K)``, without gradient.
+
+    A category of probability zero is never drawn: the uniform number is below 1, so the scaled
+    one is below the last cumulative sum, and an equal cumulative sum counts as passed.
+    """
+    cumulative = probs.detach().cumsum(-1)
+    u = source.uniform(shape, probs.dtype, probs.device).unsqueeze(-1)
+    return (cumulative[..., :-1] <= u * cumulative[..., -1:]).sum(-1)
 
 
 def blank(shape: Shape, dtype: torch.dtype, device: torch.device | None) -> Tensor:
@@ -39,6 +171,9 @@ def blank(shape: Shape, dtype: torch.dtype, device: torch.device | None) -> Tens
     if inside_transform():
         return torch.rand(shape, dtype=dtype, device=device)
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+# ---------------------------------------------------------------------- samplers vmap cannot map
 
 
 def dirichlet(concentration: Tensor) -> Tensor:

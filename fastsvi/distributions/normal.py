@@ -19,6 +19,7 @@ from fastsvi.distributions.elementwise import (
     parameter,
     standardize,
 )
+from fastsvi.distributions.noise import normal
 from fastsvi.distributions.torch_distribution import TorchDistribution
 from fastsvi.distributions.transformed import TransformedDistribution
 from fastsvi.distributions.util import SCALAR, Shape
@@ -69,7 +70,7 @@ class Normal(Elementwise, torch.distributions.Normal, TorchDistribution):
 
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw with gradients to ``loc`` and ``scale``, shape ``sample_shape + batch_shape``."""
-        noise = torch.randn(self._size(sample_shape), **self._options())
+        noise = normal(self._size(sample_shape), **self._options())
         return _draw(self._loc, self._scale, noise)
 
     def log_prob(self, value: Any) -> Tensor:
@@ -105,7 +106,7 @@ class LogNormal(Elementwise, torch.distributions.LogNormal, TransformedDistribut
 
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw with gradients to ``loc`` and ``scale``, shape ``sample_shape + batch_shape``."""
-        noise = torch.randn(self._size(sample_shape), **self._options())
+        noise = normal(self._size(sample_shape), **self._options())
         return _draw(self._loc, self._scale, noise).exp()
 
     def log_prob(self, value: Any) -> Tensor:
@@ -140,7 +141,7 @@ class HalfNormal(Elementwise, torch.distributions.HalfNormal, TransformedDistrib
 
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw with gradients to ``scale``, shape ``sample_shape + batch_shape``."""
-        noise = torch.randn(self._size(sample_shape), **self._options())
+        noise = normal(self._size(sample_shape), **self._options())
         return _draw(0.0, self._scale, noise).abs()
 
     def log_prob(self, value: Any) -> Tensor:

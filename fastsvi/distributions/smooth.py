@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from fastsvi.distributions.elementwise import Elementwise, Operand, parameter
-from fastsvi.distributions.noise import blank
+from fastsvi.distributions.noise import exponential, normal, open_uniform
 from fastsvi.distributions.torch_distribution import TorchDistribution
 from fastsvi.distributions.util import SCALAR, Shape
 
@@ -34,8 +34,7 @@ class _LocationScale(Elementwise):
 
     def _uniform(self, sample_shape: Shape) -> Tensor:
         # Not torch.rand: a 0 would be mapped to minus infinity.
-        noise = blank(self._size(sample_shape), **self._options())
-        return noise.uniform_(torch.finfo(noise.dtype).tiny, 1)
+        return open_uniform(self._size(sample_shape), **self._options())
 
 
 class Logistic(_LocationScale, TorchDistribution):
@@ -187,8 +186,8 @@ class _TwoSided(_LocationScale):
         return self.scale / self.asymmetry
 
     def _two_exponentials(self, sample_shape: Shape) -> Tensor:
-        noise = blank(torch.Size((2,)) + self._size(sample_shape), **self._options())
-        left, right = noise.exponential_()
+        both = torch.Size((2,)) + self._size(sample_shape)
+        left, right = exponential(both, **self._options())
         return self.right_scale * right - self.left_scale * left
 
     @property
@@ -262,7 +261,7 @@ class SoftAsymmetricLaplace(_TwoSided, TorchDistribution):
 
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw with gradients to all parameters, shape ``sample_shape + batch_shape``."""
-        noise = torch.randn(self._size(sample_shape), **self._options())
+        noise = normal(self._size(sample_shape), **self._options())
         return self.loc + self.soft_scale * noise + self._two_exponentials(sample_shape)
 
     def log_prob(self, value: Any) -> Tensor:

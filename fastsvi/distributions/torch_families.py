@@ -11,13 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions.transforms import StickBreakingTransform
 
 from fastsvi.distributions import validation
 from fastsvi.distributions.elementwise import Operand
 from fastsvi.distributions.gamma import Beta, Chi2, Exponential, Gamma
-from fastsvi.distributions.noise import draw, normal
+from fastsvi.distributions.noise import (
+    Source,
+    categorical,
+    current_source,
+    draw,
+    normal,
+    uniform,
+)
 from fastsvi.distributions.normal import Normal
+from fastsvi.distributions.stick_breaking import StickBreakingTransform
 from fastsvi.distributions.torch_distribution import TorchDistribution
 from fastsvi.distributions.transformed import DrawnDirectly, TransformedDistribution
 from fastsvi.distributions.util import SCALAR, Shape
@@ -58,8 +65,8 @@ class Multinomial(Lenient, td.Multinomial, TorchDistribution):
 
     def sample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw of counts, shape ``sample_shape + batch_shape + (K,)``."""
-        draws = self._categorical.sample(torch.Size((self.total_count,)) + torch.Size(sample_shape))
-        draws = draws.movedim(0, -1)
+        shape = torch.Size((self.total_count,)) + torch.Size(sample_shape)
+        draws = _categories(self._categorical, shape).movedim(0, -1)
         zeros = torch.zeros((*draws.shape[:-1], self.event_shape[0])).to(draws)
         return zeros.scatter_add(-1, draws, torch.ones_like(draws)).to(self.probs.dtype)
 
@@ -86,7 +93,7 @@ class OneHotCategorical(Lenient, td.OneHotCategorical, TorchDistribution):
 
     def sample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A one-hot draw, shape ``sample_shape + batch_shape + (K,)``."""
-        index = self._categorical.sample(torch.Size(sample_shape)).unsqueeze(-1)
+        index = _categories(self._categorical, torch.Size(sample_shape)).unsqueeze(-1)
         categories = torch.arange(self.event_shape[0], device=index.device)
         return (index == categories).to(self.probs.dtype)
 
@@ -107,6 +114,15 @@ class OneHotCategoricalStraightThrough(td.OneHotCategoricalStraightThrough, OneH
 class ContinuousBernoulli(Lenient, td.ContinuousBernoulli, TorchDistribution):
     """Continuous Bernoulli on [0, 1] (Loaiza-Ganem and Cunningham 2019)."""
 
+    def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
+        """A draw with gradients to ``probs``, shape ``sample_shape + batch_shape``."""
+        return self.icdf(uniform(self.shape(sample_shape), self.probs.dtype, self.probs.device))
+
+    def sample(self, sample_shape: Shape = SCALAR) -> Tensor:
+        """A draw without gradient, shape ``sample_shape + batch_shape``."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
 
 class FisherSnedecor(Lenient, td.FisherSnedecor, TorchDistribution):
     """F distribution with ``df1`` and ``df2`` degrees of freedom."""
@@ -122,6 +138,10 @@ if hasattr(td, "GeneralizedPareto"):  # torch >= 2.10
 
     class GeneralizedPareto(Lenient, td.GeneralizedPareto, TorchDistribution):
         """Generalised Pareto distribution of excesses over a threshold ``loc``."""
+
+        def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
+            """A draw with gradients to all parameters, shape ``sample_shape + batch_shape``."""
+            return self.icdf(uniform(self.shape(sample_shape), self.loc.dtype, self.loc.device))
 
         def log_survival_function(self, value: Any) -> Tensor:
             """Log-probability of more than ``value``."""
@@ -145,8 +165,16 @@ if hasattr(td, "GeneralizedPareto"):  # torch >= 2.10
             return (1 + self.concentration) * self.log_survival_function(value) - self.scale.log()
 
 
-class Gumbel(Lenient, td.Gumbel, TransformedDistribution):
+class Gumbel(Lenient, td.Gumbel, DrawnDirectly):
     """Gumbel distribution with mode ``loc`` and ``scale > 0``."""
+
+    def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
+        """A draw with gradients to both parameters, shape ``sample_shape + batch_shape``."""
+        source = current_source()
+        if source is None:
+            return super().rsample(torch.Size(sample_shape))
+        noise = _gumbel(source, self.shape(sample_shape), self.loc)
+        return self.loc + self.scale * noise
 
 
 class InverseGamma(Lenient, td.InverseGamma, DrawnDirectly):
@@ -158,8 +186,17 @@ class InverseGamma(Lenient, td.InverseGamma, DrawnDirectly):
         return gamma.rsample(sample_shape).reciprocal()
 
 
-class Kumaraswamy(Lenient, td.Kumaraswamy, TransformedDistribution):
+class Kumaraswamy(Lenient, td.Kumaraswamy, DrawnDirectly):
     """Kumaraswamy distribution on (0, 1), a beta look-alike with a closed-form quantile."""
+
+    def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
+        """A draw with gradients to both parameters, shape ``sample_shape + batch_shape``."""
+        source = current_source()
+        if source is None:
+            return super().rsample(torch.Size(sample_shape))
+        a, b = self.concentration1, self.concentration0
+        log_u = source.uniform(self.shape(sample_shape), a.dtype, a.device).log()
+        return (-(log_u / b).expm1()).pow(a.reciprocal())
 
 
 class Pareto(Lenient, td.Pareto, DrawnDirectly):  # type: ignore[misc]
@@ -222,12 +259,30 @@ class LogisticNormal(Lenient, td.LogisticNormal, TransformedDistribution):
         return super().expand(batch_shape, new)
 
 
-class RelaxedBernoulli(Lenient, td.RelaxedBernoulli, TransformedDistribution):
+class RelaxedBernoulli(Lenient, td.RelaxedBernoulli, DrawnDirectly):
     """Bernoulli relaxed to (0, 1) at a ``temperature`` (Maddison et al. 2016)."""
 
+    def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
+        """A draw with gradients to both parameters, shape ``sample_shape + batch_shape``."""
+        source = current_source()
+        if source is None:
+            return super().rsample(torch.Size(sample_shape))
+        logits = self.logits
+        u = source.uniform(self.shape(sample_shape), logits.dtype, logits.device)
+        return self._push((logits + u.log() - (-u).log1p()) / self.temperature)
 
-class RelaxedOneHotCategorical(Lenient, td.RelaxedOneHotCategorical, TransformedDistribution):
+
+class RelaxedOneHotCategorical(Lenient, td.RelaxedOneHotCategorical, DrawnDirectly):
     """One-hot vectors relaxed to the simplex at a ``temperature`` (Jang et al. 2016)."""
+
+    def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
+        """A draw with gradients to both parameters, ``sample_shape + batch_shape + (K,)``."""
+        source = current_source()
+        if source is None:
+            return super().rsample(torch.Size(sample_shape))
+        noise = _gumbel(source, self.shape(sample_shape), self.logits)
+        scores = (self.logits + noise) / self.temperature
+        return self._push(scores - scores.logsumexp(-1, keepdim=True))
 
 
 # Vectors and matrices ------------------------------------------------------------------------
@@ -238,7 +293,7 @@ class MultivariateNormal(Lenient, td.MultivariateNormal, TorchDistribution):
 
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw with gradients to all parameters, ``sample_shape + batch_shape + (D,)``."""
-        noise = normal(self.shape(sample_shape), self.loc)
+        noise = normal(self.shape(sample_shape), self.loc.dtype, self.loc.device)
         return self.loc + _matvec(self._unbroadcasted_scale_tril, noise)
 
     @classmethod
@@ -253,25 +308,6 @@ class MultivariateNormal(Lenient, td.MultivariateNormal, TorchDistribution):
         shape = torch.Size(loc)
         given = (covariance_matrix, precision_matrix, scale_tril)
         batches = [tuple(matrix)[:-2] for matrix in given if matrix is not None]
-        return torch.broadcast_shapes(shape[:-1], *batches), shape[-1:]
-
-
-class LowRankMultivariateNormal(Lenient, td.LowRankMultivariateNormal, TorchDistribution):
-    """Normal vectors with covariance ``cov_factor @ cov_factor.T + diag(cov_diag)``."""
-
-    def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
-        """A draw with gradients to all parameters, ``sample_shape + batch_shape + (D,)``."""
-        shape = self.shape(sample_shape)
-        of_factor = normal((*shape[:-1], self.cov_factor.shape[-1]), self.loc)
-        of_diag = normal(shape, self.loc)
-        low_rank = _matvec(self._unbroadcasted_cov_factor, of_factor)
-        return self.loc + low_rank + self._unbroadcasted_cov_diag.sqrt() * of_diag
-
-    @classmethod
-    def infer_shapes(cls, loc: Any, cov_factor: Any, cov_diag: Any) -> Shapes:  # type: ignore[override]
-        """See :meth:`TorchDistributionMixin.infer_shapes`."""
-        shape = torch.Size(loc)
-        batches = (tuple(cov_factor)[:-2], tuple(cov_diag)[:-1])
         return torch.broadcast_shapes(shape[:-1], *batches), shape[-1:]
 
 
@@ -308,13 +344,26 @@ class Wishart(Lenient, td.Wishart, TorchDistribution):
         df = self.df.unsqueeze(-1) - torch.arange(dim, dtype=like.dtype, device=like.device)
         df = df.expand((*self._batch_shape, dim))
         diagonal = Chi2(df, validate_args=False).rsample(sample_shape).sqrt()
-        factor = normal(self.shape(sample_shape), like).tril(-1) + diagonal.diag_embed()
-        factor = like @ factor
+        noise = normal(self.shape(sample_shape), like.dtype, like.device)
+        factor = like @ (noise.tril(-1) + diagonal.diag_embed())
         return factor @ factor.mT
 
 
 class MixtureSameFamily(Lenient, td.MixtureSameFamily, TorchDistribution):
     """Mixture over the rightmost batch dimension of a component distribution."""
+
+
+def _categories(family: td.Categorical, sample_shape: torch.Size) -> Tensor:
+    source = current_source()
+    if source is None:
+        return family.sample(sample_shape)
+    return categorical(family.probs, sample_shape + family.batch_shape, source)
+
+
+def _gumbel(source: Source, shape: Shape, like: Tensor) -> Tensor:
+    # Of -log(-log(1 - u)), so that the long tail is made of the small u, with the finer grain.
+    u = source.uniform(shape, like.dtype, like.device)
+    return -(-(-u).log1p()).log()
 
 
 def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -354,6 +403,7 @@ _DEFINED_ELSEWHERE = frozenset(
         "Independent",
         "Laplace",
         "LogNormal",
+        "LowRankMultivariateNormal",
         "Normal",
         "Poisson",
         "StudentT",
@@ -372,7 +422,6 @@ __all__ = [
     "Kumaraswamy",
     "LKJCholesky",
     "LogisticNormal",
-    "LowRankMultivariateNormal",
     "MixtureSameFamily",
     "Multinomial",
     "MultivariateNormal",

@@ -52,3 +52,8 @@ class DrawnDirectly(TransformedDistribution):
         """A draw without gradient; shape ``self.shape(sample_shape)``."""
         with torch.no_grad():
             return self.rsample(torch.Size(sample_shape))
+
+    def _push(self, x: Tensor) -> Tensor:
+        for transform in self.transforms:
+            x = transform(x)
+        return x

@@ -15,16 +15,23 @@ from torch.distributions import transforms as _torch
 from torch.distributions.transforms import *  # noqa: F403
 from torch.distributions.transforms import ComposeTransform, Transform
 
-from fastsvi.distributions import elementwise_transforms, matrix_transforms, signal_transforms
+from fastsvi.distributions import (
+    elementwise_transforms,
+    matrix_transforms,
+    signal_transforms,
+    stick_breaking,
+)
 from fastsvi.distributions.elementwise_transforms import *  # noqa: F403
 from fastsvi.distributions.matrix_transforms import *  # noqa: F403
 from fastsvi.distributions.signal_transforms import *  # noqa: F403
+from fastsvi.distributions.stick_breaking import *  # noqa: F403
 
 __all__ = [
-    *_torch.__all__,
+    *(name for name in _torch.__all__ if name not in stick_breaking.__all__),
     *elementwise_transforms.__all__,
     *matrix_transforms.__all__,
     *signal_transforms.__all__,
+    *stick_breaking.__all__,
     "ComposeTransformModule",
     "TransformModule",
     "biject_to",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from fastsvi.distributions.elementwise import Elementwise, Operand, log, parameter
+from fastsvi.distributions.noise import uniform
 from fastsvi.distributions.torch_distribution import TorchDistribution
 from fastsvi.distributions.util import SCALAR, Shape
 
@@ -52,7 +53,7 @@ class Uniform(Elementwise, torch.distributions.Uniform, TorchDistribution):
 
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw with gradients to both bounds, shape ``sample_shape + batch_shape``."""
-        noise = torch.rand(self._size(sample_shape), **self._options())
+        noise = uniform(self._size(sample_shape), **self._options())
         return noise * (self._high - self._low) + self._low
 
     def log_prob(self, value: Any) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from fastsvi.distributions import validation
 from fastsvi.distributions.discrete import Poisson, exactly_one
+from fastsvi.distributions.noise import bernoulli
 from fastsvi.distributions.torch_distribution import TorchDistribution
 from fastsvi.distributions.torch_families import NegativeBinomial
 from fastsvi.distributions.util import SCALAR, Shape, broadcast_shape
@@ -83,7 +84,7 @@ class ZeroInflatedDistribution(TorchDistribution):
     def sample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw, shape ``sample_shape + batch_shape``."""
         with torch.no_grad():
-            extra = torch.bernoulli(self.gate.expand(self.shape(sample_shape))).bool()
+            extra = bernoulli(self.gate.expand(self.shape(sample_shape))).bool()
             return torch.where(extra, 0.0, self.base_dist.sample(torch.Size(sample_shape)))
 
     def log_prob(self, value: Any) -> Tensor:

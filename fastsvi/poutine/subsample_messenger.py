@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastsvi.distributions import Distribution
+from fastsvi.distributions.noise import current_source
 from fastsvi.errors import ShapeError, describe
 from fastsvi.kernels.subsample import indices as random_subset
 from fastsvi.poutine.errors import EmptyPlateError, PlateError
@@ -31,7 +32,9 @@ class _Subsample(Distribution):
         subsample_size: int | None = None,
         use_cuda: bool | None = None,
         device: Any | None = None,
+        name: str = "",
     ) -> None:
+        self.name = name
         self.size = size
         self.subsample_size = size if subsample_size is None else subsample_size
         if use_cuda is not None:
@@ -46,6 +49,9 @@ class _Subsample(Distribution):
     def sample(self) -> torch.Tensor:  # [subsample_size]
         if self.subsample_size == self.size:
             return full_indices(self.size, self.device)
+        source = current_source()
+        if source is not None:
+            return source.subset(self.name, self.size, self.subsample_size, self.device)
         return draw_subset(self.size, self.subsample_size, self.device)
 
     def log_prob(self, value: Any) -> torch.Tensor:  # []
@@ -126,7 +132,7 @@ class SubsampleMessenger(IndepMessenger):
                     f"{subsample_size}; for the last, smaller batch give min({subsample_size}, "
                     "size)"
                 )
-        fn = _Subsample(size, subsample_size, use_cuda, device)
+        fn = _Subsample(size, subsample_size, use_cuda, device, name)
         msg = Message("sample", name, fn, value=subsample)
         apply_stack(msg)
         count = len(msg.value)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsvi import settings
-from fastsvi.engine.noise import NoiseStream
+from fastsvi.engine.noise import NoiseStream, ProgramNoise, RecordedNoise
 from fastsvi.errors import ConstraintError, FastSVIWarning
 from fastsvi.infer.elbo import fused, particles
 from fastsvi.infer.elbo.program import (
@@ -59,13 +59,16 @@ class ELBO(ABC):
         vectorize_particles: run all particles at once by :func:`torch.func.vmap`. Model and guide
             need no particle plate and see one particle. A program that vmap cannot run is run
             particle by particle, with a warning that names the statement.
+        chunk_size: evaluate so many particles at a time, gradient included, and add up: memory is
+            then that of one chunk, whatever ``num_particles``. By default all at a time where they
+            are vectorised. In :meth:`SVI.run` the result is the same up to rounding.
         max_plate_nesting: not needed; if given, programs with more nested plates are an error.
         retain_graph: keep the autograd graph after the gradient was taken.
         strict_enumeration_warning, ignore_jit_warnings, jit_options, tail_adaptive_beta,
         max_iarange_nesting: accepted for Pyro programs; they change nothing.
 
     Raises:
-        ConstraintError: ``num_particles`` is not a positive integer.
+        ConstraintError: ``num_particles`` or ``chunk_size`` is not a positive integer.
     """
 
     def __init__(
@@ -79,10 +82,14 @@ class ELBO(ABC):
         jit_options: dict[str, Any] | None = None,
         retain_graph: bool | None = None,
         tail_adaptive_beta: float = -1.0,
+        *,
+        chunk_size: int | None = None,
     ) -> None:
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ConstraintError(f"num_particles must be an integer >= 1, found {num_particles!r}")
+        _require_count("num_particles", num_particles)
+        if chunk_size is not None:
+            _require_count("chunk_size", chunk_size)
         self.num_particles = num_particles
+        self.chunk_size = chunk_size
         self.vectorize_particles = vectorize_particles
         self.max_plate_nesting = (
             max_plate_nesting if max_iarange_nesting is None else max_iarange_nesting
@@ -133,6 +140,7 @@ class ELBO(ABC):
         program = self.program(model, guide)
         with torch.no_grad():
             estimates = list(self._estimates(program, args, kwargs, fast=program.evaluation_noise))
+        program.evaluation_noise.advance()
         loss = total_loss(estimates).item()
         self._warn_if_not_finite(loss, program, args, kwargs, estimates)
         return loss
@@ -159,17 +167,31 @@ class ELBO(ABC):
         self._warn_if_not_finite(loss, program, args, kwargs, estimates)
         return loss
 
-    def accumulate_grads(self, program: Program, args: Any, kwargs: Any) -> list[Estimate]:
+    def accumulate_grads(
+        self, program: Program, args: Any, kwargs: Any, *, by_counter: bool = False
+    ) -> list[Estimate]:
         """Estimate the loss of a program and add its gradient to the parameters' ``grad``.
 
-        What :class:`~fastsvi.infer.SVI` calls: nothing is read back to the host.
+        What :class:`~fastsvi.infer.SVI` calls: nothing is read back from an accelerator. This is
+        where the steps of the noise are counted; a step that raises does not count.
+
+        Args:
+            by_counter: whether what the program draws by its statements comes from the fit's seed
+                and step, as in a run, and not from torch's generator.
         """
-        estimates = []
-        for estimate in self._estimates(program, args, kwargs, fast=program.noise):
-            # Particle by particle, so that only one graph is alive at a time.
+        draws = None
+        if by_counter:
+            draws = program.draws
+            draws.begin()
+        estimates: list[Estimate] = []
+        for estimate in self._estimates(program, args, kwargs, fast=program.noise, draws=draws):
+            # Piece by piece, so that only one graph is alive at a time.
             if estimate.leaves and estimate.surrogate.requires_grad:
                 estimate.surrogate.backward(retain_graph=self.retain_graph)
+            if self.chunk_size is not None:
+                _forget_values(estimates)
             estimates.append(estimate._replace(surrogate=estimate.loss))
+        program.noise.advance()
         return estimates
 
     # ------------------------------------------------------------------------------- particles
@@ -185,42 +207,53 @@ class ELBO(ABC):
         return program
 
     def _estimates(
-        self, program: Program, args: Any, kwargs: Any, fast: NoiseStream | None = None
+        self,
+        program: Program,
+        args: Any,
+        kwargs: Any,
+        fast: NoiseStream | RecordedNoise | None = None,
+        draws: ProgramNoise | None = None,
     ) -> Iterator[Estimate]:
-        """Estimates whose sum is the estimate of the loss: one, or one for each particle.
+        """Estimates whose sum is the estimate of the loss: one for each chunk, or each particle.
 
         With a stream of noise as ``fast``, by the fast path if it applies; the gradient then goes
-        straight to the flat gradient.
+        straight to the flat gradient. What the program draws comes from ``draws`` if given.
         """
         validate = settings.get("validate")
         must_check = validate == "always" or (validate == "first" and not program.rehearsed)
-        obstacle: BaseException | None = None
-
-        if fast is not None and self._takes_densities and fused.applies_to(program):
+        at_once = self.vectorize_particles and self.num_particles > 1
+        if not (self._takes_densities and fused.applies_to(program)):
+            fast = None
+        if fast is not None or draws is not None or (at_once and not program.is_sequential):
             if must_check or not program.rehearsed:
                 particles.rehearse(self, program, args, kwargs, check=must_check)
-            estimate = fused.estimate(self, program, args, kwargs, fast)
-            if estimate is not None:
-                yield estimate
-                return
             must_check = False
-        if self.vectorize_particles and self.num_particles > 1 and not program.is_sequential:
-            if must_check or not program.rehearsed:
-                particles.rehearse(self, program, args, kwargs, check=must_check)
-                must_check = False
-            estimate, obstacle = particles.estimate_vectorized(self, program, args, kwargs)
-            if estimate is not None:
+        subsets: particles.Subsets = {}
+        for chunk in particles.chunks(self):
+            shared = (chunk, draws, subsets)
+            if fast is not None:
+                estimate = fused.estimate(self, program, args, kwargs, fast, *shared)
+                if estimate is not None:
+                    yield estimate
+                    continue
+                fast = None
+            obstacle: BaseException | None = None
+            if at_once and not program.is_sequential:
+                estimate, obstacle = particles.estimate_vectorized(
+                    self, program, args, kwargs, *shared
+                )
+                if estimate is not None:
+                    yield estimate
+                    continue
+            for index in range(chunk.first, chunk.first + chunk.size):
+                with checking(must_check and (index == 0 or validate == "always")):
+                    estimate = particles.estimate_one(self, program, args, kwargs, index, draws)
+                program.rehearsed = True
+                if obstacle is not None:
+                    # Only now is it clear that the program is right and that vmap was the problem.
+                    particles.warn_sequential(program, obstacle)
+                    obstacle = None
                 yield estimate
-                return
-        for index in range(self.num_particles):
-            with checking(must_check and (index == 0 or validate == "always")):
-                estimate = particles.estimate_one(self, program, args, kwargs)
-            program.rehearsed = True
-            if obstacle is not None:
-                # Only now is it clear that the program is right and that vmap was the problem.
-                particles.warn_sequential(program, obstacle)
-                obstacle = None
-            yield estimate
 
     def _warn_if_not_finite(
         self, loss: float, program: Program, args: Any, kwargs: Any, estimates: list[Estimate]
@@ -233,3 +266,19 @@ class ELBO(ABC):
             FastSVIWarning,
             stacklevel=3,
         )
+
+
+def _require_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConstraintError(f"{name} must be an integer >= 1, found {value!r}")
+
+
+def _forget_values(estimates: list[Estimate]) -> None:
+    """Drop the latent values of the latest estimate, before the next one is added.
+
+    They serve to find a site at fault; those of all chunks would take the memory that chunks save.
+    """
+    if estimates:
+        before = estimates[-1]
+        if before.loss.device.type != "cpu" or is_finite(before.loss):
+            estimates[-1] = before._replace(values=lambda: iter(()))

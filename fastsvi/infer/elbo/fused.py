@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastsvi.engine.noise import NoiseStream
+from fastsvi.engine.noise import NoiseStream, ProgramNoise, RecordedNoise
 from fastsvi.infer.elbo import particles
 from fastsvi.infer.elbo.program import Estimate, Program
 from fastsvi.infer.util import checking
@@ -24,6 +24,7 @@ from fastsvi.poutine.util import site_is_subsample
 
 if TYPE_CHECKING:
     from fastsvi.infer.elbo.base import ELBO
+    from fastsvi.infer.elbo.particles import Chunk
 
 
 class _OutOfTheOrdinary(Exception):
@@ -61,14 +62,20 @@ def applies_to(program: Program) -> bool:
 
 
 def estimate(
-    elbo: ELBO, program: Program, args: Any, kwargs: Any, stream: NoiseStream
+    elbo: ELBO,
+    program: Program,
+    args: Any,
+    kwargs: Any,
+    stream: NoiseStream | RecordedNoise,
+    chunk: Chunk,
+    draws: ProgramNoise | None,
+    shared: particles.Subsets,
 ) -> Estimate | None:
-    """The loss over all particles, or None where the ordinary path must be taken."""
+    """A chunk's share of the loss, or None where the ordinary path must be taken."""
     guide = program.guide.fused()
     if guide is None:
         return None
-    num_particles = elbo.num_particles
-    values, log_q = guide.draw(num_particles, stream)
+    values, log_q = guide.draw(chunk.size, stream, chunk.first)
     leaves: list[Tensor] = []
     subsets: dict[str, Any] = {}
 
@@ -83,23 +90,32 @@ def estimate(
     obstacle = None
     with checking(False):
         try:
-            if num_particles == 1:
-                loss = log_q - log_p(values)
+            if chunk.size == 1:
+                with particles.drawing(draws, chunk.first):
+                    loss = log_q - log_p(values)
             else:
                 if elbo.vectorize_particles and not program.is_sequential:
                     joint, obstacle = particles.over_particles(
-                        elbo, program, args, kwargs, log_p, values
+                        elbo, program, args, kwargs, chunk, draws, shared, log_p, values
                     )
                 if not elbo.vectorize_particles or program.is_sequential or obstacle is not None:
-                    joint = torch.stack([log_p(one) for one in particles.by_particle(values)])
+                    each = []
+                    for particle, one in enumerate(particles.by_particle(values), chunk.first):
+                        with particles.drawing(draws, particle):
+                            each.append(log_p(one))
+                    joint = torch.stack(each)
                 loss = (log_q - joint).mean()
         except _OutOfTheOrdinary:
             return None
     if obstacle is not None:
         particles.warn_sequential(program, obstacle)
 
+    if chunk.size < elbo.num_particles:
+        loss = loss * chunk.weight(elbo)
+        values = {name: value.detach() for name, value in values.items()}
+
     def latent_values() -> Iterator[dict[str, Any]]:
-        each = iter([values]) if num_particles == 1 else particles.by_particle(values)
+        each = iter([values]) if chunk.size == 1 else particles.by_particle(values)
         return ({**one, **subsets} for one in each)
 
     return Estimate(loss.detach(), loss, [*guide.leaves, *leaves], latent_values)

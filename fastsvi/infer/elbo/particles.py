@@ -13,14 +13,18 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsvi import poutine
+from fastsvi.distributions.noise import current_source, drawn_from
+from fastsvi.engine.noise import ProgramNoise
 from fastsvi.errors import FastSVIWarning
 from fastsvi.infer.elbo.program import Estimate, Program, leaves_of
+from fastsvi.infer.memory import is_out_of_memory
 from fastsvi.infer.util import checking
 from fastsvi.poutine import Messenger
 from fastsvi.poutine.runtime import PARAM_STORE
@@ -35,6 +39,29 @@ _VMAP_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedE
 _LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(poutine.__file__)))
 
 
+class Chunk(NamedTuple):
+    """The particles from ``first`` on, ``size`` of them, that are evaluated at once."""
+
+    first: int
+    size: int
+
+    def weight(self, elbo: ELBO) -> float:
+        """Share of all particles of the estimate."""
+        return self.size / elbo.num_particles
+
+
+def chunks(elbo: ELBO) -> Iterator[Chunk]:
+    """All particles of an estimate, in pieces of ``elbo.chunk_size``."""
+    size = elbo.chunk_size or elbo.num_particles
+    for first in range(0, elbo.num_particles, size):
+        yield Chunk(first, min(size, elbo.num_particles - first))
+
+
+def drawing(draws: ProgramNoise | None, particle: int) -> AbstractContextManager[None]:
+    """Have a particle draw from ``draws``, or from torch's generator."""
+    return drawn_from(None if draws is None else draws.of_particle(particle))
+
+
 class _RunAhead(Exception):
     """Leaves vmap because something must be done once for all particles."""
 
@@ -45,16 +72,22 @@ class _RunAhead(Exception):
         self.fn = fn
 
 
+# By plate: the distribution that a random subset was drawn from, and the subset.
+Subsets = dict[str, tuple[Any, Tensor]]
+
+
 class _SharedByParticles(Messenger):
     """Under vmap: hands out the subsets of this step, and lets no parameter be made."""
 
-    def __init__(self, subsets: dict[str, tuple[Any, Tensor]]) -> None:
+    def __init__(self, subsets: Subsets) -> None:
         super().__init__()
         self.subsets = subsets
 
     def _pyro_sample(self, msg: Any) -> None:
         if not site_is_subsample(msg) or msg.value is not None:
             return
+        if current_source() is not None:
+            return  # which gives all particles the same subset
         fn = msg.fn
         if fn.subsample_size >= fn.size:
             return
@@ -85,9 +118,17 @@ def rehearse(elbo: ELBO, program: Program, args: Any, kwargs: Any, *, check: boo
     program.rehearsed = True
 
 
-def estimate_one(elbo: ELBO, program: Program, args: Any, kwargs: Any) -> Estimate:
+def estimate_one(
+    elbo: ELBO,
+    program: Program,
+    args: Any,
+    kwargs: Any,
+    particle: int = 0,
+    draws: ProgramNoise | None = None,
+) -> Estimate:
     """One particle's share of the loss."""
-    model_trace, guide_trace = elbo._get_trace(program.model, program.guide, args, kwargs)
+    with drawing(draws, particle):
+        model_trace, guide_trace = elbo._get_trace(program.model, program.guide, args, kwargs)
     loss, surrogate = elbo._differentiable_loss_particle(model_trace, guide_trace)
     values = latent_values(model_trace, guide_trace)
     if elbo.num_particles > 1:
@@ -99,9 +140,15 @@ def estimate_one(elbo: ELBO, program: Program, args: Any, kwargs: Any) -> Estima
 
 
 def estimate_vectorized(
-    elbo: ELBO, program: Program, args: Any, kwargs: Any
+    elbo: ELBO,
+    program: Program,
+    args: Any,
+    kwargs: Any,
+    chunk: Chunk,
+    draws: ProgramNoise | None,
+    subsets: Subsets,
 ) -> tuple[Estimate | None, BaseException | None]:
-    """The loss over all particles at once, or the error for which it must be done in a loop."""
+    """A chunk's share of the loss, at once, or the error for which it must be done in a loop."""
     leaves: list[Tensor] = []
 
     def particle() -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -112,11 +159,16 @@ def estimate_vectorized(
         values = latent_values(model_trace, guide_trace)
         return loss, surrogate, {k: v for k, v in values.items() if isinstance(v, Tensor)}
 
-    outcome, obstacle = over_particles(elbo, program, args, kwargs, particle)
+    outcome, obstacle = over_particles(elbo, program, args, kwargs, chunk, draws, subsets, particle)
     if obstacle is not None:
         return None, obstacle
     loss, surrogate, values = outcome
-    return Estimate(loss.mean(), surrogate.mean(), leaves, lambda: by_particle(values)), None
+    loss, surrogate = loss.mean(), surrogate.mean()
+    if chunk.size < elbo.num_particles:
+        loss, surrogate = loss * chunk.weight(elbo), surrogate * chunk.weight(elbo)
+        # Kept until the last chunk is done, so they must not hold their chunk's graph.
+        values = {name: value.detach() for name, value in values.items()}
+    return Estimate(loss, surrogate, leaves, lambda: by_particle(values)), None
 
 
 def over_particles(
@@ -124,13 +176,27 @@ def over_particles(
     program: Program,
     args: Any,
     kwargs: Any,
+    chunk: Chunk,
+    draws: ProgramNoise | None,
+    subsets: Subsets,  # of this step as far as drawn; more may be added
     particle: Callable[..., Any],
     *inputs: Any,  # pytrees of tensors [P, ...]
 ) -> tuple[Any, BaseException | None]:
     """``particle`` mapped over its inputs, or the error for which it must be called in a loop."""
-    index = torch.arange(elbo.num_particles)  # vmap must be given something to map over
-    mapped = torch.func.vmap(lambda _, *values: particle(*values), randomness="different")
-    subsets = {name: (fn, fn.sample()) for name, fn in program.subsamples.items()}
+
+    def one(index: Tensor, *values: Any) -> Any:
+        source = None
+        if draws is not None:
+            source = draws.of_particles(index, chunk.size, chunk.first)
+        with drawn_from(source):
+            return particle(*values)
+
+    index = torch.arange(chunk.size)  # vmap must be given something to map over
+    mapped = torch.func.vmap(one, randomness="different")
+    if draws is None:
+        for name, fn in program.subsamples.items():
+            if name not in subsets:
+                subsets[name] = fn, fn.sample()
     asked: set[str] = set()
     while True:
         try:
@@ -146,6 +212,8 @@ def over_particles(
             else:
                 rehearse(elbo, program, args, kwargs, check=False)
         except _VMAP_ERRORS as error:
+            if is_out_of_memory(error):  # a loop over particles would hide it
+                raise
             return None, error
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsvi.engine.noise import EVALUATION, TRAINING, NoiseStream, Seed
+from fastsvi.engine.noise import EVALUATION, TRAINING, NoiseStream, Seed, StepNoise
 
 
 class Program:
@@ -18,7 +18,10 @@ class Program:
         rehearsed: whether the two have run, so that their parameters exist.
         is_sequential: whether its particles must run one after the other.
         subsamples: the random subsets that its plates draw, by plate.
-        noise: noise of the training steps; ``evaluation_noise`` that of other evaluations.
+        noise: counts the training steps and gives guides that draw all sites at once their noise;
+            ``evaluation_noise`` that of other evaluations.
+        draws: what the programs draw statement by statement in the steps of a run. (In single
+            steps, and in evaluations, they draw from torch's generator.)
     """
 
     def __init__(self, model: Any, guide: Any) -> None:
@@ -29,11 +32,12 @@ class Program:
         self.subsamples: dict[str, Any] = {}
         self.set_seed(None)
 
-    def set_seed(self, seed: int | None) -> None:
+    def set_seed(self, seed: int | Seed | None) -> None:
         """Begin the noise anew, from ``seed`` or from torch's generator."""
-        shared = Seed(seed)
+        shared = seed if isinstance(seed, Seed) else Seed(seed)
         self.noise = NoiseStream(shared, TRAINING)
         self.evaluation_noise = NoiseStream(shared, EVALUATION)
+        self.draws = StepNoise(self.noise)
 
 
 class Estimate(NamedTuple):

@@ -15,6 +15,7 @@ from fastsvi.errors import FastSVIWarning, NonFiniteError
 from fastsvi.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from fastsvi.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 from fastsvi.infer.elbo import fused
+from fastsvi.infer.elbo.particles import chunks
 from fastsvi.optim import Adam
 from fastsvi.poutine import Messenger
 
@@ -120,10 +121,11 @@ def fast(model, guide, elbo, seed):
     program = elbo.program(model, guide)
     program.set_seed(seed)
     program.rehearsed = True
-    estimate = fused.estimate(elbo, program, (), {}, program.noise)
+    (chunk,) = chunks(elbo)
+    estimate = fused.estimate(elbo, program, (), {}, program.noise, chunk, None, {})
     estimate.surrogate.backward()
     some = guide.fused()
-    draw = NoiseStream(Seed(seed)).next(
+    draw = NoiseStream(Seed(seed)).draw(
         elbo.num_particles, some.num_elements, some._loc.dtype, torch.device("cpu")
     )
     return estimate, gradients(), draw.noise[0]
