@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from fastsvi.engine.loops import build, products
-from fastsvi.engine.loops.emit import ALIGNMENT, emit
+from fastsvi.engine.loops import blas, build
+from fastsvi.engine.loops.emit import emit
 from fastsvi.engine.loops.lower import Program
+from fastsvi.engine.loops.memory import ALIGNMENT
 from fastsvi.engine.loops.schedule import schedule
 from fastsvi.engine.record import Aliases, Graph, record
 from fastsvi.errors import CaptureError
@@ -27,6 +28,9 @@ class NativeStep:
     What the step reads without being given it is taken for constant: large tensors are read where
     they lie, but numbers and whatever was computed from constants are frozen. ``graph.is_current``
     says whether any has been written to since.
+
+    Calls of :meth:`run` in several threads run at the same time, each in working memory of its
+    own, as long as they are given different states.
 
     Args:
         step: a pure function; every new state has the shape and dtype of the old.
@@ -69,8 +73,10 @@ class NativeStep:
         program = Program(graph)
         plan = schedule(program, len(state))
         self.source, size = emit(program, plan, len(state))
+        self.arena_bytes = size
         self._constants = [tensor for _, tensor in program.constants]
-        self._arena = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        self._constant_pointers = _pointers(self._constants)
+        self._arenas: list[Tensor] = []  # those that no thread is using
         self._loss = graph.outputs[-2].value
         self._library: ctypes.CDLL | None = None
 
@@ -102,31 +108,94 @@ class NativeStep:
         num_steps: int,
         stop: ctypes.c_int | None = None,
         state: Sequence[Tensor] | None = None,
+        inputs: Sequence[Tensor] | None = None,
+        stepped: Collection[int] = (),
     ) -> Tensor:
         """Take steps; returns the losses ``[steps made, *loss shape]``.
 
-        A value other than 0 in ``stop``, set by a signal handler or another thread, ends the run
-        after the current step. ``state``, tensors of the same shapes, is used in place of the
-        step's own if given.
+        Args:
+            num_steps: how many.
+            stop: a value other than 0, set by a signal handler or another thread, ends the run
+                after the current step.
+            state, inputs: tensors like those that the step was made for, in their place.
+            stepped: positions of inputs with an axis of steps in front, of which each step reads
+                the row of its number: batches that were stacked, say.
+
+        Raises:
+            CaptureError: a tensor has another shape or dtype, or is not contiguous.
+
+        >>> total = torch.zeros(2)
+        >>> def step(total, x):
+        ...     return total + x, total.sum(), total.isnan().any()
+        >>> native = NativeStep(step, [total], [torch.ones(2)])
+        >>> native.run(3, inputs=[torch.arange(6.0).view(3, 2)], stepped=[0])
+        tensor([0., 1., 6.])
         """
-        own = self._state if state is None else list(state)
-        self.build()
         if self._library is None:
-            raise CaptureError("a native step was run before it was built")
+            self.build()
+        count = len(self._state)
+        own = self._state if state is None else state
+        given = self._tensors[count:] if inputs is None else inputs
+        strides = (ctypes.c_int64 * (len(self._tensors) + 1))()
+        if state is not None or inputs is not None or stepped:
+            self._compare(own, given, num_steps, stepped)
+            for position in stepped:
+                row = given[position]
+                strides[count + position] = row.stride(0) * row.element_size()
         losses = torch.empty((num_steps, *self._loss.shape), dtype=self._loss.dtype)
-        base = -(-self._arena.data_ptr() // ALIGNMENT) * ALIGNMENT
-        done = self._library.run(
-            _pointers([*own, *self._tensors[len(own) :]]),
-            _pointers(self._constants),
-            ctypes.c_void_p(base),
-            ctypes.c_void_p(losses.data_ptr()),
-            ctypes.c_int64(num_steps),
-            ctypes.byref(stop if stop is not None else ctypes.c_int(0)),
-            products.pointers(),
+        try:
+            arena = self._arenas.pop()
+        except IndexError:
+            arena = torch.empty(self.arena_bytes + ALIGNMENT, dtype=torch.uint8)
+        done = self._library.run(  # type: ignore[union-attr]
+            _pointers([*own, *given]),
+            strides,
+            self._constant_pointers,
+            -(-arena.data_ptr() // ALIGNMENT) * ALIGNMENT,
+            losses.data_ptr(),
+            num_steps,
+            stop if stop is not None else _NEVER,
+            blas.pointers(),
         )
+        self._arenas.append(arena)
         torch.autograd.graph.increment_version(own)
-        return losses[:done]
+        return losses if done == num_steps else losses[:done]
+
+    def _compare(
+        self,
+        state: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        num_steps: int,
+        stepped: Collection[int],
+    ) -> None:
+        tensors = [*state, *inputs]
+        if len(state) != len(self._state) or len(tensors) != len(self._tensors):
+            raise CaptureError(
+                f"a native step of {len(self._state)} states and "
+                f"{len(self._tensors) - len(self._state)} inputs was given {len(state)} and "
+                f"{len(inputs)}"
+            )
+        rows = {len(state) + position for position in stepped}
+        for position, (old, new) in enumerate(zip(self._tensors, tensors, strict=True)):
+            shape = new.shape
+            if position in rows:
+                if new.dim() == 0 or len(new) < num_steps:
+                    raise CaptureError(
+                        f"argument {position} of a native step has a row for each step: "
+                        f"{num_steps} steps need more than shape {tuple(shape)}"
+                    )
+                shape = shape[1:]
+            fits = shape == old.shape and new.dtype == old.dtype and new.is_contiguous()
+            if not fits or new.device != old.device:
+                raise CaptureError(
+                    f"argument {position} of a native step was {tuple(old.shape)}, {old.dtype} "
+                    f"when it was compiled, found {tuple(shape)}, {new.dtype}, strides "
+                    f"{new.stride()} on {new.device}; record the step anew"
+                )
+
+
+_NEVER = ctypes.c_int(0)  # a run that nobody stops
 
 
 def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * max(1, len(tensors)))(*(t.data_ptr() for t in tensors))
+    return (ctypes.c_void_p * max(1, len(tensors)))(*[t.data_ptr() for t in tensors])

@@ -73,9 +73,69 @@ class Graph:
         tensors = ((reference(), version) for reference, version in self.read)
         return all(tensor is None or tensor._version == version for tensor, version in tensors)
 
+    def difference(self, other: Graph) -> str | None:
+        """The first operation or constant in which two recordings of one function differ.
+
+        Both ran on the same inputs; whatever differs stems from Python state that has changed.
+        """
+        twin = dict(zip(self.inputs, other.inputs, strict=True))
+        for mine, its in zip(self.nodes, other.nodes, strict=False):
+            found = _difference((mine.args, mine.kwargs), (its.args, its.kwargs), twin)
+            if mine.op != its.op:
+                found = f"`{mine.name}` has become `{its.name}`"
+            if found is not None:
+                return f"{found} at {its.where}"
+            twin[mine] = its
+        if len(self.nodes) != len(other.nodes):
+            return f"{len(self.nodes)} operations have become {len(other.nodes)}"
+        return _difference(self.outputs, other.outputs, twin)
+
+
+def _difference(mine: Any, its: Any, twin: dict[Node, Node]) -> str | None:
+    """How two arguments differ, given the nodes found to be the same; None if they do not."""
+    if isinstance(mine, Node) and isinstance(its, Node):
+        if mine in twin or not (mine.is_constant and its.is_constant):
+            return None if twin.get(mine) is its else "the operands have changed"
+        twin[mine] = its
+        one, other = mine.value, its.value
+        same = one.shape == other.shape and one.dtype == other.dtype
+        if same and (one.data_ptr() == other.data_ptr() or _are_equal(one, other)):
+            return None
+        if one.numel() == other.numel() == 1:
+            return f"the number {one.item():g} has become {other.item():g}"
+        return f"a constant of shape {tuple(one.shape)} has changed"
+    if isinstance(mine, list | tuple) and isinstance(its, list | tuple) and len(mine) == len(its):
+        found = (_difference(a, b, twin) for a, b in zip(mine, its, strict=True))
+        return next((text for text in found if text is not None), None)
+    if isinstance(mine, dict) and isinstance(its, dict) and mine.keys() == its.keys():
+        return _difference([mine[key] for key in mine], [its[key] for key in mine], twin)
+    same = type(mine) is type(its) and (mine == its or (mine != mine and its != its))
+    return None if same else f"the argument {mine!r} has become {its!r}"
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether all entries are equal, with NaN equal to NaN."""
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
 
 # Reading these from a tensor that depends on the inputs makes Python depend on data.
 _READS = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default)
+
+
+# What a view of ``x`` was made by, to how ``x`` changes with it.
+_WRITE_BACK: dict[Any, Callable[..., Tensor]] = {
+    aten.view.default: lambda x, changed, size: changed.reshape(x.shape),
+    aten._unsafe_view.default: lambda x, changed, size: changed.reshape(x.shape),
+    aten.alias.default: lambda x, changed: changed,
+    aten.detach.default: lambda x, changed: changed,
+    aten.t.default: lambda x, changed: changed.t(),
+    aten.transpose.int: lambda x, changed, *dims: changed.transpose(*dims),
+    aten.unsqueeze.default: lambda x, changed, dim: changed.squeeze(dim),
+    aten.squeeze.dim: lambda x, changed, dim: changed.reshape(x.shape),
+    aten.select.int: aten.select_scatter,
+    aten.slice.Tensor: aten.slice_scatter,
+    aten.diagonal.default: aten.diagonal_scatter,
+}
 
 
 class _Recorder(TorchDispatchMode):
@@ -90,6 +150,9 @@ class _Recorder(TorchDispatchMode):
         self._own: set[int] = set()  # memory of the inputs
         self.read: list[tuple[weakref.ref[Tensor], int]] = []
         self._node_of: dict[int, Node] = {}
+        # Views of what was changed in place since, by id: the base, and how they come of it.
+        self._stale: dict[int, tuple[Tensor, list[Node] | None]] = {}
+        self._paths: dict[int, list[Node]] = {}  # of views that were changed: how they were made
         self._alive: list[Tensor] = []  # an id names its tensor only while the tensor lives
         self._seen: dict[Any, Node] = {}
         self._table = decompositions()
@@ -102,6 +165,8 @@ class _Recorder(TorchDispatchMode):
         self._bind(tensor, self.node_of(part))
 
     def node_of(self, tensor: Tensor) -> Node:
+        if id(tensor) in self._stale:
+            return self._anew(tensor)
         node = self._node_of.get(id(tensor))
         if node is None:
             node = self._bind(tensor, Node("constant", (), {}, tensor.detach()))
@@ -125,6 +190,9 @@ class _Recorder(TorchDispatchMode):
                 result = decomposition(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if func is aten._linalg_check_errors.default:
+            # A failed factorisation shows as numbers that are not finite, without a look at them.
+            return None
         if func._can_decompose():  # below autograd, where composite operations arrive whole
             with self:
                 return func.decompose(*args, **kwargs)
@@ -143,7 +211,7 @@ class _Recorder(TorchDispatchMode):
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs, varies)
         out = func(*args, **kwargs)
-        if not varies:
+        if not varies or out is None:  # None: a check, as of the success of a factorisation
             return out  # becomes a constant if it is used
         if isinstance(out, Tensor):
             self._bind(out, self._make(func, args, kwargs, out))
@@ -162,19 +230,79 @@ class _Recorder(TorchDispatchMode):
         # `x.add_(y)` is `x = x.add(y)` as long as nobody else looks at x.
         twin = getattr(aten, name[:-1], None) if name.endswith("_") else None
         twin = None if name == "copy_" else twin
-        if target._base is not None or (twin is None and name != "copy_"):
-            raise CaptureError(
-                f"{statement()} changes a tensor in place ({func}); write it as a new tensor"
-            )
+        if twin is None and name != "copy_":
+            raise self._changes_in_place(func)
         with self:
             if twin is None:
                 result = args[1].expand(target.shape).to(target.dtype)
             else:
                 result = getattr(twin, func._overloadname)(*args, **kwargs)
-        node = self.node_of(result)
+            whole = self._written_back(target, result, func) if target._base is not None else None
+        node, base = self.node_of(result), target if whole is None else target._base
+        self._let_go_stale(base)
         out = func(*args, **kwargs)
+        self._bind(base, node if whole is None else self.node_of(whole))
         self._bind(target, node)
+        self._stale.pop(id(target), None)
         return out
+
+    def _let_go_stale(self, base: Tensor) -> None:
+        """Views of ``base``, which is about to change, are to be made anew when they are used."""
+        memory, end = base.untyped_storage().data_ptr(), self.node_of(base)
+        for tensor in self._alive:
+            if tensor is base or id(tensor) in self._stale or id(tensor) not in self._node_of:
+                continue
+            if tensor.untyped_storage().data_ptr() == memory:
+                chain = self._chain(self._node_of[id(tensor)], end)
+                self._stale[id(tensor)] = base, chain or self._paths.get(id(tensor))
+
+    def _chain(self, node: Node, end: Node) -> list[Node] | None:
+        """The views that lead from ``end`` to ``node``, the last first; None if others do."""
+        chain = []
+        while node is not end:
+            if node.op not in _WRITE_BACK or not node.args:
+                return None
+            chain.append(node)
+            node = node.args[0]
+        return chain
+
+    def _anew(self, tensor: Tensor) -> Node:
+        """The node of a view of a tensor that was changed in place through another one."""
+        base, chain = self._stale.pop(id(tensor))
+        if chain is None:
+            raise CaptureError(
+                f"{statement()} uses a view of a tensor that was changed in place; write the "
+                "change as a new tensor"
+            )
+        with self:
+            for node in reversed(chain):
+                base = node.op(base, *node.args[1:])
+        return self._bind(tensor, self.node_of(base)) if chain else self.node_of(base)
+
+    def _written_back(self, view: Tensor, changed: Tensor, func: Any) -> Tensor:
+        """The tensor that ``view`` is a view of, with ``changed`` in the place of the view."""
+        base = view._base
+        chain = None
+        if base is not None and id(base) in self._node_of:
+            chain = self._chain(self.node_of(view), self.node_of(base))
+        if chain is None:
+            chain = self._paths.get(id(view))
+        if chain is None:
+            raise self._changes_in_place(func)
+        self._paths[id(view)] = chain
+        for node in chain:
+            changed = _WRITE_BACK[node.op](self._tensor_of(node.args[0]), changed, *node.args[1:])
+        return changed
+
+    def _tensor_of(self, node: Node) -> Tensor:
+        """A tensor that stands for ``node``."""
+        self._bind(node.value, node)
+        return node.value
+
+    def _changes_in_place(self, func: Any) -> CaptureError:
+        return CaptureError(
+            f"{statement()} changes a tensor in place ({func}); write it as a new tensor"
+        )
 
     def _make(self, op: Any, args: Any, kwargs: Any, value: Tensor) -> Node:
         args, kwargs = tree_map_only(Tensor, self.node_of, (args, kwargs))

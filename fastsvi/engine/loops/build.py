@@ -18,7 +18,7 @@ from fastsvi.errors import CaptureError
 # is kept from assuming that NaN and infinities do not occur, and stays away from the linker,
 # where it would switch off denormal numbers for the whole process.
 _COMPILE = ["-O3", "-march=native", "-fopenmp-simd", "-ffast-math"]
-_COMPILE += ["-fno-finite-math-only", "-D__FAST_MATH__", "-std=c++17", "-fPIC", "-c"]
+_COMPILE += ["-fno-finite-math-only", "-D__FAST_MATH__", "-std=c++17", "-nostdinc++", "-fPIC", "-c"]
 _LINK = ["-shared"]
 
 
@@ -97,4 +97,10 @@ def load(path: Path) -> ctypes.CDLL:
     """The compiled library, with its one function declared."""
     library = ctypes.CDLL(str(path))
     library.run.restype = ctypes.c_int64
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.run.argtypes = [
+        *(ctypes.POINTER(pointer), ctypes.POINTER(number), ctypes.POINTER(pointer)),
+        *(pointer, pointer, number),
+        *(ctypes.POINTER(ctypes.c_int), ctypes.POINTER(pointer)),
+    ]
     return library

@@ -2,63 +2,103 @@
 
 from __future__ import annotations
 
+import re
+
+import torch
+
+from fastsvi.engine.loops import memory
 from fastsvi.engine.loops.index import Axis
 from fastsvi.engine.loops.ir import Array, Body, Expr, Statement
 from fastsvi.engine.loops.lower import Program
-from fastsvi.engine.loops.prelude import PRELUDE
+from fastsvi.engine.loops.pointwise import number
+from fastsvi.engine.loops.prelude import prelude_for
 from fastsvi.engine.loops.schedule import Nest, Schedule
 
 # A float32 sum runs over this many terms before it is added to a float64 total.
 _BLOCK = 256
-ALIGNMENT = 64
 
-_JOIN = {"+": "{0} + {1}", "max": "larger({0}, {1})", "min": "smaller({0}, {1})"}
+_JOIN = {
+    "+": "{0} + {1}",
+    "*": "{0} * {1}",
+    "max": "fn::larger({0}, {1})",
+    "min": "fn::smaller({0}, {1})",
+    "put": "{1}",
+}
 
 
 def emit(program: Program, plan: Schedule, num_state: int) -> tuple[str, int]:
     """C++ of the whole program, and the bytes of working memory that it needs.
 
-    ``run(inputs, constants, arena, losses, steps, stop, blas)`` makes ``steps`` steps: each
-    replaces the first ``num_state`` inputs by the outputs of the same position and appends the
-    next output to ``losses``. It looks at ``*stop`` before each step, and a step whose last output
-    is true is the last and does not count. Returns the number of steps made.
+    ``run(inputs, strides, constants, arena, losses, steps, stop, blas)`` makes ``steps`` steps:
+    each replaces the first ``num_state`` inputs by the outputs of the same position and appends the
+    next output to ``losses``. The other inputs move on by ``strides`` bytes per step. It looks at
+    ``*stop`` before each step, and a step whose last output is true is the last and does not
+    count. Returns the number of steps made.
     """
-    lines = [
-        PRELUDE,
-        'extern "C" int64_t run(void** inputs, const void** constants, char* arena, void* losses,',
-        "                       int64_t steps, const volatile int* stop, void** blas) {",
-    ]
-    for position, array in enumerate(program.inputs):
-        lines.append(_pointer(array, f"inputs[{position}]"))
-    for position, (array, _) in enumerate(program.constants):
-        lines.append(_pointer(array, f"constants[{position}]", "const "))
-    offset, seen = 0, {array.name for array in program.inputs}
-    for statement in program.statements:
-        array = statement.array
-        if array.name not in seen and array not in plan.private:
-            seen.add(array.name)
-            lines.append(_pointer(array, f"(arena + {offset})"))
-            offset += -(-array.size * array.dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    lines.append("for (int64_t step = 0; step < steps; ++step) {")
-    lines.append("if (*stop) return step;")
-    for nest in plan.nests:
-        lines += _nest(nest, plan)
+    layout = memory.place(program, plan, num_state)
+    arrays = {array.name: array for array in layout.offsets}
+    arrays |= {array.name: array for array, _ in program.constants}
+    arrays |= {array.name: array for array in program.inputs}
+    functions: list[str] = []
+    steps: list[str] = []
+    for position, nest in enumerate(plan.nests):
+        lines = _nest(nest, plan)
+        used = [arrays[name] for name in dict.fromkeys(re.findall(r"\ba\d+\b", "\n".join(lines)))]
+        if nest.statements[0].call is None and layout.shared.intersection(used):
+            functions += _function(f"nest{position}", used, lines)
+            lines = [f"nest{position}({', '.join(array.name for array in used)});"]
+        steps += lines
     for position in range(num_state):
         if position not in plan.aliased:
             source, target = program.outputs[position], program.inputs[position]
-            lines.append(f"std::copy_n({source.name}, {source.size}, {target.name});")
-    loss = program.outputs[num_state]
-    lines.append(
-        f"std::copy_n({loss.name}, {loss.size}, ({loss.ctype}*)losses + step * {loss.size});"
-    )
-    halt = program.outputs[num_state + 1]
-    lines += [f"if ({halt.name}[0]) return step;", "}", "return steps;", "}", ""]
-    return "\n".join(lines), offset
+            steps.append(f"fn::copy({source.name}, {source.size}, {target.name});")
+    loss, halt = program.outputs[num_state : num_state + 2]
+    steps.append(f"fn::copy({loss.name}, {loss.size}, ({loss.ctype}*)losses + step * {loss.size});")
+    steps.append(f"if ({halt.name}[0]) return step;")
+    declared = [
+        *(_pointer(x, f"inputs[{k}]") for k, x in enumerate(program.inputs[:num_state])),
+        *(_pointer(x, f"constants[{k}]") for k, (x, _) in enumerate(program.constants)),
+        *(
+            _pointer(x, f"(arena + {offset})", restrict=x not in layout.shared)
+            for x, offset in layout.offsets.items()
+        ),
+    ]
+    moving = [
+        _pointer(x, f"((char*)inputs[{k}] + step * strides[{k}])")
+        for k, x in enumerate(program.inputs)
+        if k >= num_state
+    ]
+    lines = [
+        *functions,
+        'extern "C" int64_t run(void** inputs, const int64_t* strides, void** constants,',
+        "                       char* arena, void* losses, int64_t steps,",
+        "                       const volatile int* stop, void** blas) {",
+        *declared,
+        "for (int64_t step = 0; step < steps; ++step) {",
+        "if (*stop) return step;",
+        *moving,
+        *steps,
+        "}",
+        "return steps;",
+        "}",
+        "",
+    ]
+    text = "\n".join(lines)
+    return prelude_for(text) + text, layout.size
 
 
-def _pointer(array: Array, source: str, qualifier: str = "") -> str:
-    kind = f"{qualifier}{array.ctype}*"
-    return f"{kind} __restrict__ {array.name} = ({kind}){source};"
+def _type(array: Array, restrict: bool = True) -> str:
+    qualifier = "const " if array.kind == "constant" else ""
+    return f"{qualifier}{array.ctype}*{' __restrict__' if restrict else ''}"
+
+
+def _pointer(array: Array, source: str, restrict: bool = True) -> str:
+    return f"{_type(array, restrict)} {array.name} = ({_type(array, False)}){source};"
+
+
+def _function(name: str, used: list[Array], lines: list[str]) -> list[str]:
+    parameters = ", ".join(f"{_type(array)} {array.name}" for array in used)
+    return [f"static __attribute__((noinline)) void {name}({parameters}) {{", *lines, "}"]
 
 
 def _nest(nest: Nest, plan: Schedule) -> list[str]:
@@ -69,6 +109,7 @@ def _nest(nest: Nest, plan: Schedule) -> list[str]:
     inner = order[-1] if order else None
     body, stores, sums = Body(), [], []
     fills = []
+    body.recomputed = plan.recomputed
     for statement in nest.statements:
         value = statement.value(statement.indices, body)
         where = statement.store_offset(body)
@@ -87,7 +128,7 @@ def _nest(nest: Nest, plan: Schedule) -> list[str]:
             stores.append(f"{target} = {_JOIN[statement.combine].format(target, value.text)};")
         if statement.fresh and not (in_register and gone == {inner}):
             start = _start(statement)
-            fills.append(f"std::fill_n({name}, {statement.array.size}, {start});")
+            fills.append(f"fn::fill({name}, {statement.array.size}, {start});")
     depth = {axis: position for position, axis in enumerate(order)}
     at: list[list[str]] = [[] for _ in range(len(order) + 1)]
     for line, axes in body.lines:
@@ -104,14 +145,16 @@ def _nest(nest: Nest, plan: Schedule) -> list[str]:
 
 def _start(statement: Statement) -> str:
     """What an accumulation starts from."""
-    kind = statement.array.ctype
-    if statement.combine == "+":
-        return f"({kind})0"
-    sign = "-" if statement.combine == "max" else ""
-    if statement.array.dtype.is_floating_point:
-        return f"({kind}){sign}INFINITY"
-    limit = "lowest" if statement.combine == "max" else "max"
-    return f"std::numeric_limits<{kind}>::{limit}()"
+    kind, dtype = statement.array.ctype, statement.array.dtype
+    if statement.combine in ("+", "*"):
+        return f"({kind}){0 if statement.combine == '+' else 1}"
+    least = statement.combine == "max"
+    if dtype.is_floating_point:
+        return f"({kind}){'-' if least else ''}INFINITY"
+    if dtype == torch.bool:
+        return number(not least, dtype)
+    info = torch.iinfo(dtype)
+    return f"({kind}){number(info.min if least else info.max, dtype)}"
 
 
 def _loop(axis: Axis, start: str = "0", end: str | None = None) -> str:
@@ -131,11 +174,11 @@ def _innermost(
         kind, combine = statement.array.ctype, statement.combine or "+"
         before.append(f"{kind} sum{k} = {_start(statement)};")
         body = [*body, f"sum{k} = {_JOIN[combine].format(f'sum{k}', value.text)};"]
-        if combine == "+":
-            pragma += f" reduction(+:sum{k})"
+        if combine in ("+", "*"):
+            pragma += f" reduction({combine}:sum{k})"
         result = f"sum{k}" if complete else _JOIN[combine].format(target, f"sum{k}")
         after.append((f"{target} = {result};", combine, k))
-    if any(statement.combine != "+" for statement, *_ in sums) or scattered:
+    if any(statement.combine not in ("+", "*") for statement, *_ in sums) or scattered:
         pragma = ""  # a maximum written as a comparison is vectorised without being told
     long = inner.extent > _BLOCK and any(
         s.combine == "+" and s.array.ctype == "float" for s, *_ in sums
@@ -150,7 +193,7 @@ def _innermost(
         *totals,
         *(line for line, (_, combine, _) in zip(before, after, strict=True) if combine != "+"),
         f"for (int64_t block = 0; block < {inner.extent}; block += {_BLOCK}) {{",
-        f"const int64_t end = std::min<int64_t>(block + {_BLOCK}, {inner.extent});",
+        f"const int64_t end = fn::least(block + {_BLOCK}, {inner.extent});",
         *(line for line, (_, combine, _) in zip(before, after, strict=True) if combine == "+"),
         *start,
         _loop(inner, "block", "end"),

@@ -9,7 +9,7 @@ grow into one expression. A statement loops over a domain and stores or accumula
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -71,6 +71,7 @@ class Body:
         self.lines: list[tuple[str, frozenset[Axis]]] = []
         self.loads: dict[Array, set[Indices]] = {}
         self.known: dict[tuple[Array, Indices], Expr] = {}  # stored by this nest
+        self.recomputed: dict[Array, Statement] = {}  # to be computed, not read
         self._locals: dict[tuple[str, str], Expr] = {}
 
     def local(self, ctype: str, text: str, axes: frozenset[Axis]) -> Expr:
@@ -87,6 +88,10 @@ class Body:
         known = self.known.get((array, indices))
         if known is not None:
             return known
+        writer = self.recomputed.get(array)
+        if writer is not None:
+            value = self.known[array, indices] = writer.value(writer.indices, self)
+            return value
         offset = array.offset(indices)
         return self.local(array.ctype, f"{array.name}[{offset.text}]", offset.axes)
 
@@ -100,6 +105,14 @@ class Value:
     load: Callable[[Indices, Body], Expr]
     cost: int = 0  # rough operations per element; 0 for what is only looked up
     array: Array | None = None
+
+
+def is_uniform(value: Value) -> bool:
+    """Whether all elements are one number, known without reading memory."""
+    body = Body()
+    axes = [Axis(f"u{k}", extent) for k, extent in enumerate(value.shape)]
+    expr = value.load(tuple(of_axis(axis) for axis in axes), body)
+    return not body.loads and not expr.axes
 
 
 def of_array(array: Array) -> Value:
@@ -129,6 +142,7 @@ class Statement:
     scattered: bool = False  # stores of two iterations may meet: run in order
     fresh: bool = True  # an accumulation that starts anew, and not from what the array holds
     call: Callable[[], str] | None = None  # C++ instead of loops, once the arrays are laid out
+    also: tuple[Array, ...] = ()  # further arrays that a call writes
     loads: dict[Array, set[Indices]] = field(default_factory=dict)
     work: float = 0.0  # rough operations of one iteration
 
@@ -147,10 +161,25 @@ class Statement:
             self.value(self.indices, body)
             self.store_offset(body)
             self.loads = body.loads
-            self.work = sum(10.0 if "std::" in line else 1.0 for line, _ in body.lines)
+            self.work = sum(10.0 if "fn::" in line else 1.0 for line, _ in body.lines)
 
     def store_offset(self, body: Body) -> Indices:
         """Where one iteration stores; a scatter looks that up, hence the body."""
         if self.scattered:
             return self.store((*self.indices, body))  # type: ignore[arg-type]
         return self.store(self.indices)
+
+
+def nothing(indices: Indices, body: Body) -> Expr:
+    """The value of a statement that is a call."""
+    return Expr("", frozenset())
+
+
+def squeeze(shape: Sequence[int]) -> tuple[tuple[int, ...], Callable[[Indices], Indices]]:
+    """The extents that move, and the way back from their indices to those of ``shape``."""
+
+    def spread(indices: Indices) -> Indices:
+        moving = iter(indices)
+        return tuple(ZERO if n == 1 else next(moving) for n in shape)
+
+    return tuple(n for n in shape if n != 1), spread

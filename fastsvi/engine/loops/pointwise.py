@@ -10,52 +10,68 @@ import torch
 
 from fastsvi.engine.loops import views
 from fastsvi.engine.loops.ir import CTYPES, Body, Expr, Indices, Value
+from fastsvi.errors import CaptureError
 
 NOTHING: frozenset[Any] = frozenset()
 
 # Name: (expression of the operands {0}, {1}, ..., rough cost in operations).
 UNARY = {
     "neg": ("-{0}", 1),
-    "abs": ("std::abs({0})", 1),
+    "abs": ("fn::abs({0})", 1),
     "sign": ("(({0} > 0) - ({0} < 0))", 1),
     "sgn": ("(({0} > 0) - ({0} < 0))", 1),
     "reciprocal": ("1 / {0}", 3),
-    "sqrt": ("std::sqrt({0})", 4),
-    "rsqrt": ("1 / std::sqrt({0})", 6),
-    "exp": ("std::exp({0})", 10),
-    "expm1": ("std::expm1({0})", 15),
-    "log": ("std::log({0})", 10),
-    "log1p": ("std::log1p({0})", 15),
-    "sin": ("std::sin({0})", 15),
-    "cos": ("std::cos({0})", 15),
-    "tan": ("std::tan({0})", 20),
-    "atan": ("std::atan({0})", 20),
-    "tanh": ("std::tanh({0})", 15),
-    "sinh": ("std::sinh({0})", 15),
-    "cosh": ("std::cosh({0})", 15),
-    "asin": ("std::asin({0})", 20),
-    "acos": ("std::acos({0})", 20),
-    "erf": ("std::erf({0})", 20),
-    "erfc": ("std::erfc({0})", 20),
-    "sigmoid": ("sigmoid({0})", 12),
-    "lgamma": ("lgamma_of({0})", 40),
-    "digamma": ("digamma({0})", 40),
-    "floor": ("std::floor({0})", 1),
-    "ceil": ("std::ceil({0})", 1),
-    "round": ("std::nearbyint({0})", 1),
-    "trunc": ("std::trunc({0})", 1),
+    "sqrt": ("fn::sqrt({0})", 4),
+    "rsqrt": ("1 / fn::sqrt({0})", 6),
+    "exp": ("fn::exp({0})", 10),
+    "expm1": ("fn::expm1({0})", 15),
+    "log": ("fn::log({0})", 10),
+    "log1p": ("fn::log1p({0})", 15),
+    "sin": ("fn::sin({0})", 15),
+    "cos": ("fn::cos({0})", 15),
+    "tan": ("fn::tan({0})", 20),
+    "atan": ("fn::atan({0})", 20),
+    "tanh": ("fn::tanh({0})", 15),
+    "sinh": ("fn::sinh({0})", 15),
+    "cosh": ("fn::cosh({0})", 15),
+    "asin": ("fn::asin({0})", 20),
+    "acos": ("fn::acos({0})", 20),
+    "erf": ("fn::erf({0})", 20),
+    "erfc": ("fn::erfc({0})", 20),
+    "exp2": ("fn::exp2({0})", 10),
+    "log2": ("fn::log2({0})", 10),
+    "log10": ("fn::log10({0})", 10),
+    "frac": ("({0} - fn::trunc({0}))", 2),
+    "erfinv": ("fn::erfinv({0})", 60),
+    "lgamma": ("fn::lgamma({0})", 40),
+    "digamma": ("fn::digamma({0})", 40),
+    "floor": ("fn::floor({0})", 1),
+    "ceil": ("fn::ceil({0})", 1),
+    "round": ("fn::nearbyint({0})", 1),
+    "trunc": ("fn::trunc({0})", 1),
+}
+# Of x ({0}) and exp(-|x|) ({1}); see lower.
+LOGISTIC = {
+    "exp_neg_abs": ("{1}", 11),
+    "sigmoid": ("({0} < 0 ? {1} : 1) / (1 + {1})", 14),
+    "sigmoid_neg": ("({0} < 0 ? 1 : {1}) / (1 + {1})", 14),
+    "softplus": ("(({0} < 0 ? 0 : {0}) + fn::log1p_unit({1}))", 20),
+    "softplus_below": ("fn::log1p_unit({1})", 20),
 }
 BINARY = {
     "add": ("({0} + {1})", 1),
     "sub": ("({0} - {1})", 1),
     "mul": ("({0} * {1})", 1),
     "div": ("({0} / {1})", 3),
-    "maximum": ("larger({0}, {1})", 1),
-    "minimum": ("smaller({0}, {1})", 1),
-    "atan2": ("std::atan2({0}, {1})", 20),
-    "fmod": ("std::fmod({0}, {1})", 10),
-    "xlogy": ("({0} == 0 && {1} == {1} ? 0 : {0} * std::log({1}))", 12),
-    "special_xlog1py": ("({0} == 0 && {1} == {1} ? 0 : {0} * std::log1p({1}))", 16),
+    "maximum": ("fn::larger({0}, {1})", 1),
+    "minimum": ("fn::smaller({0}, {1})", 1),
+    "atan2": ("fn::atan2({0}, {1})", 20),
+    "fmod": ("fn::fmod({0}, {1})", 10),
+    "xlogy": ("({0} == 0 && {1} == {1} ? 0 : {0} * fn::log({1}))", 12),
+    "special_xlog1py": ("({0} == 0 && {1} == {1} ? 0 : {0} * fn::log1p({1}))", 16),
+    "hypot": ("fn::sqrt({0} * {0} + {1} * {1})", 5),
+    "remainder": ("fn::remainder({0}, {1})", 10),
+    "floor_divide": ("fn::floor({0} / {1})", 4),
     "bitwise_xor": ("({0} ^ {1})", 1),
 }
 COMPARISONS = {
@@ -68,8 +84,10 @@ COMPARISONS = {
 }
 TESTS = {
     "isnan": ("({0} != {0})", 1),
-    "isinf": ("(std::abs({0}) == INFINITY)", 1),
-    "isfinite": ("(std::abs({0}) < INFINITY)", 1),
+    "isinf": ("(fn::abs({0}) == INFINITY)", 1),
+    "isposinf": ("({0} == INFINITY)", 1),
+    "isneginf": ("({0} == -INFINITY)", 1),
+    "isfinite": ("(fn::abs({0}) < INFINITY)", 1),
     "logical_not": ("!{0}", 1),
 }
 LOGICAL = {
@@ -77,11 +95,20 @@ LOGICAL = {
     "logical_or": ("({0} || {1})", 1),
     "logical_xor": ("(bool({0}) != bool({1}))", 1),
 }
+# Where the result is not a real number.
+_OF_BOOLS = {"mul": ("({0} & {1})", 1), "add": ("({0} | {1})", 1)}
+_OF_INTEGERS = {
+    "floor_divide": ("fn::divide_down({0}, {1})", 10),
+    "fmod": ("({0} % {1})", 10),
+    "div floor": ("fn::divide_down({0}, {1})", 10),
+    "div trunc": ("({0} / {1})", 10),
+}
 BITWISE = {"bitwise_and": ("({0} & {1})", 1), "bitwise_or": ("({0} | {1})", 1)}
 COPIES = {"clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "contiguous", "_to_copy"}
 
 OPERATIONS = {
     *UNARY,
+    *LOGISTIC,
     *BINARY,
     *COMPARISONS,
     *TESTS,
@@ -90,7 +117,7 @@ OPERATIONS = {
     *COPIES,
     *("pow", "where", "clamp", "clamp_min", "clamp_max", "full_like", "zeros_like", "ones_like"),
     *("new_zeros", "new_ones", "new_full", "bitwise_not", "scalar_tensor"),
-    "masked_fill",
+    *("empty_like", "new_empty", "new_empty_strided", "fill", "polygamma"),
 }
 
 
@@ -99,7 +126,10 @@ def number(value: Any, dtype: torch.dtype) -> str:
     if dtype == torch.bool:
         return "true" if value else "false"
     if not dtype.is_floating_point:
-        return str(int(value))
+        if dtype != torch.int64:
+            return str(int(value))
+        # The least one is not a literal: C++ reads its digits before the sign.
+        return f"INT64_C({int(value)})" if value > -(2**63) else "INT64_MIN"
     value = float(value)
     if math.isnan(value):
         return "NAN"
@@ -153,12 +183,23 @@ def apply(
     return Value(shape, result, load, cost + sum(x.cost for x in values))
 
 
-def lower(name: str, dtype: torch.dtype, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    """The value of an elementwise operation whose result has ``dtype``."""
+def lower(
+    name: str,
+    dtype: torch.dtype,
+    args: list[Any],
+    kwargs: dict[str, Any],
+    shape: tuple[int, ...] = (),
+) -> Value:
+    """The value of an elementwise operation whose result has ``dtype``.
+
+    ``shape`` is needed only of what is made from nothing.
+    """
     if name in COPIES:
         return converted(args[0], dtype)
     if name in UNARY:
         return apply(*UNARY[name], args[:1], dtype, dtype)
+    if name in LOGISTIC:
+        return _logistic(*LOGISTIC[name], converted(args[0], dtype))
     if name in TESTS:
         return apply(*TESTS[name], args[:1], args[0].dtype, torch.bool)
     if name in COMPARISONS or name in LOGICAL:
@@ -167,17 +208,40 @@ def lower(name: str, dtype: torch.dtype, args: list[Any], kwargs: dict[str, Any]
     if name in BITWISE:
         return apply(*BITWISE[name], args, dtype, dtype)
     if name in BINARY:
-        template, cost = BINARY[name]
-        alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
-        if alpha != 1:
-            sign = "+" if name == "add" else "-"
-            return apply(f"({{0}} {sign} {{2}} * {{1}})", 2, [*args[:2], alpha], dtype, dtype)
-        if name == "div" and "rounding_mode" in kwargs and kwargs["rounding_mode"] is not None:
-            rounding = {"floor": "std::floor", "trunc": "std::trunc"}[kwargs["rounding_mode"]]
-            template = f"{rounding}({template})"
-        return apply(template, cost, args[:2], dtype, dtype)
+        return _binary(name, dtype, args, kwargs)
+    if name in _FILLED:
+        value = args[-1] if name in ("full_like", "new_full") else _FILLED[name]
+        return literal(value, shape, dtype)
     own = {key: value for key, value in kwargs.items() if key in ("min", "max")}
     return _SPECIAL[name](dtype, *args, **own)
+
+
+def _logistic(template: str, cost: int, x: Value) -> Value:
+    kind = CTYPES[x.dtype]
+
+    def load(indices: Indices, body: Body) -> Expr:
+        expr = x.load(indices, body)
+        below = body.local(kind, f"fn::exp_below(-fn::abs({expr.text}))", expr.axes)
+        return body.local(kind, template.format(expr.text, below.text), expr.axes)
+
+    return Value(x.shape, x.dtype, load, cost + x.cost)
+
+
+def _binary(name: str, dtype: torch.dtype, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
+    if alpha != 1:
+        sign = "+" if name == "add" else "-"
+        return apply(f"({{0}} {sign} {{2}} * {{1}})", 2, [*args[:2], alpha], dtype, dtype)
+    template, cost = BINARY[name]
+    rounding = kwargs.get("rounding_mode")
+    if dtype == torch.bool:
+        template, cost = _OF_BOOLS.get(name, (template, cost))
+    elif not dtype.is_floating_point:
+        key = name if rounding is None else f"{name} {rounding}"
+        template, cost = _OF_INTEGERS.get(key, (template, cost))
+    elif rounding is not None:
+        template = f"fn::{rounding}({template})"
+    return apply(template, cost, args[:2], dtype, dtype)
 
 
 def _common(args: list[Any]) -> torch.dtype:
@@ -189,18 +253,18 @@ def _common(args: list[Any]) -> torch.dtype:
 
 def _pow(dtype: torch.dtype, base: Any, exponent: Any) -> Value:
     if isinstance(exponent, Value):
-        return apply("std::pow({0}, {1})", 25, [base, exponent], dtype, dtype)
+        return apply("fn::pow({0}, {1})", 25, [base, exponent], dtype, dtype)
     simple = {
         1: "{0}",
         2: "({0} * {0})",
         3: "({0} * {0} * {0})",
-        0.5: "std::sqrt({0})",
+        0.5: "fn::sqrt({0})",
         -1: "1 / {0}",
         -2: "1 / ({0} * {0})",
     }
     if exponent in simple:
         return apply(simple[exponent], 2, [base], dtype, dtype)
-    return apply("std::pow({0}, {1})", 25, [base, exponent], dtype, dtype)
+    return apply("fn::pow({0}, {1})", 25, [base, exponent], dtype, dtype)
 
 
 def _where(dtype: torch.dtype, condition: Value, a: Any, b: Any) -> Value:
@@ -233,20 +297,36 @@ def _clamp(dtype: torch.dtype, x: Value, min: Any = None, max: Any = None) -> Va
     return x
 
 
+def _polygamma(dtype: torch.dtype, order: int, x: Value) -> Value:
+    if order > 1:
+        raise CaptureError(f"native loops know polygamma up to order 1, found {order}")
+    return apply(f"fn::{('digamma', 'trigamma')[order]}({{0}})", 40, [x], dtype, dtype)
+
+
+_FILLED: dict[str, Any] = {
+    "full_like": None,
+    "new_full": None,
+    "zeros_like": 0,
+    "ones_like": 1,
+    "new_zeros": 0,
+    "new_ones": 1,
+    "empty_like": 0,
+    "new_empty": 0,
+    "new_empty_strided": 0,
+}
 _SPECIAL: dict[str, Callable[..., Value]] = {
     "pow": _pow,
     "where": _where,
     "clamp": _clamp,
-    "masked_fill": lambda dtype, x, mask, value: _where(dtype, mask, value, x),
     "clamp_min": lambda dtype, x, bound: _clamp(dtype, x, bound),
     "clamp_max": lambda dtype, x, bound: _clamp(dtype, x, None, bound),
-    "full_like": lambda dtype, x, value: literal(value, x.shape, dtype),
-    "zeros_like": lambda dtype, x: literal(0, x.shape, dtype),
-    "ones_like": lambda dtype, x: literal(1, x.shape, dtype),
-    "new_zeros": lambda dtype, x, shape: literal(0, tuple(shape), dtype),
-    "new_ones": lambda dtype, x, shape: literal(1, tuple(shape), dtype),
-    "new_full": lambda dtype, x, shape, value: literal(value, tuple(shape), dtype),
+    "fill": lambda dtype, x, value: (
+        views.broadcast(converted(value, dtype), x.shape)
+        if isinstance(value, Value)
+        else literal(value, x.shape, dtype)
+    ),
     "scalar_tensor": lambda dtype, value: literal(value, (), dtype),
+    "polygamma": _polygamma,
     "bitwise_not": lambda dtype, x: apply(
         "!{0}" if dtype == torch.bool else "~{0}", 1, [x], dtype, dtype
     ),

@@ -1,151 +1,263 @@
-"""What every generated program begins with: the few functions that C++ does not have."""
+"""What every generated program begins with: mathematics that C++ lacks or has too slowly.
 
-PRELUDE = r"""
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <limits>
+No header of the C++ library is included: parsing ``<cmath>`` takes longer than compiling a small
+step. Longer pieces of code are added only if the program uses them.
+"""
+
+from __future__ import annotations
+
+from fastsvi.engine.loops import prelude_linear, prelude_noise
+
+_BASE = r"""
+#include <math.h>
+#include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
-template <class T> INLINE T sigmoid(T x) { return T(1) / (T(1) + std::exp(-x)); }
+namespace fn {
+#define BOTH(name)                                       \
+  INLINE float name(float x) { return ::name##f(x); }    \
+  INLINE double name(double x) { return ::name(x); }
+#define BOTH2(name)                                                        \
+  INLINE float name(float x, float y) { return ::name##f(x, y); }          \
+  INLINE double name(double x, double y) { return ::name(x, y); }
+BOTH(sqrt) BOTH(expm1) BOTH(sin) BOTH(cos) BOTH(tan) BOTH(atan) BOTH(tanh) BOTH(sinh) BOTH(cosh)
+BOTH(exp2) BOTH(log2) BOTH(log10)
+BOTH(asin) BOTH(acos) BOTH(erf) BOTH(erfc) BOTH(floor) BOTH(ceil) BOTH(nearbyint) BOTH(trunc)
+BOTH2(pow) BOTH2(atan2) BOTH2(fmod) BOTH2(copysign)
+INLINE double exp(double x) { return ::exp(x); }
+INLINE double log(double x) { return ::log(x); }
+INLINE double log1p(double x) { return ::log1p(x); }
+INLINE double exp_below(double x) { return ::exp(x); }
+INLINE double log1p_unit(double x) { return ::log1p(x); }
+template <class T> INLINE T abs(T x) { return x < 0 ? -x : x; }
+INLINE float abs(float x) { return __builtin_fabsf(x); }
+INLINE double abs(double x) { return __builtin_fabs(x); }
+template <class T> INLINE T floor(T x) { return x; }  // of integers
+template <class T> INLINE T trunc(T x) { return x; }
+template <class T> INLINE T ceil(T x) { return x; }
+
+#ifdef __FP_FAST_FMAF
+// exp and log in float32, to 2 ulp, written so that a loop over them becomes vector instructions
+// without a call. Polynomials: Cephes (S. Moshier). Multiplications and additions that must not be
+// reordered are explicit fused ones.
+#define FMA __builtin_fmaf
+INLINE float bits_float(int32_t x) { return __builtin_bit_cast(float, x); }
+INLINE int32_t float_bits(float x) { return __builtin_bit_cast(int32_t, x); }
+INLINE float exp_below(float x) {  // of x up to 89
+  x = x < -104.0f ? -104.0f : x;  // 0 from there on; NaN passes
+  const float n = ::nearbyintf(x * 1.44269504f);
+  const float r = FMA(n, 2.12194440e-4f, FMA(n, -0.693359375f, x));
+  const float z = r * r;  // pairs of terms at a time: shorter chains of dependent operations
+  const float high = FMA(FMA(1.9875691500e-4f, r, 1.3981999507e-3f), z,
+                         FMA(8.3334519073e-3f, r, 4.1665795894e-2f));
+  const float p = FMA(FMA(high, z, FMA(1.6666665459e-1f, r, 5.0000001201e-1f)), z, r) + 1.0f;
+  // In two steps, for 2^n need not be a normal number.
+  const int32_t whole = (int32_t)n, half = whole >> 1;
+  return p * bits_float((half + 127) << 23) * bits_float((whole - half + 127) << 23);
+}
+INLINE float exp(float x) { return exp_below(x > 89.0f ? 89.0f : x); }
+// log(1 + t) + e log(2) for t between sqrt(1/2) - 1 and sqrt(2) - 1.
+INLINE float log_near(float t, float e) {
+  const float z = t * t;
+  const float p = FMA(3.3333331174e-1f, t, -0.5f), q = FMA(2.0000714765e-1f, t, -2.4999993993e-1f);
+  const float r = FMA(1.4249322787e-1f, t, -1.6668057665e-1f);
+  const float s = FMA(1.1676998740e-1f, t, -1.2420140846e-1f);
+  const float u = FMA(7.0376836292e-2f, t, -1.1514610310e-1f);
+  const float w = z * z;
+  const float y = FMA(FMA(FMA(u, z, s), z, r), w, FMA(q, z, p));
+  return FMA(e, 0.693359375f, FMA(e, -2.12194440e-4f, FMA(y, z, t)));
+}
+INLINE float log(float x) {
+  const bool small = x < 1.17549435e-38f;
+  const float scaled = small ? x * 33554432.0f : x;
+  const int32_t bits = float_bits(scaled);
+  const int32_t e = (bits - 0x3f3504f3) >> 23;
+  const float t = bits_float(bits - (int32_t)((uint32_t)e << 23)) - 1.0f;
+  float y = log_near(t, (float)e - (small ? 25.0f : 0.0f));
+  const float special = x == 0 ? -INFINITY : x < 0 ? NAN : x;
+  return x > 0 && x < INFINITY ? y : special;
+}
+// The exponent is that of 1 + x, but x itself enters the mantissa: nothing is lost for small x.
+INLINE float log1p(float x) {
+  const bool large = x > 0x1p60f;
+  const float one = large ? 0.0f : 1.0f, y = large ? x * 0x1p-64f : x;
+  const int32_t e = (float_bits(one + y) - 0x3f3504f3) >> 23;
+  const float s = bits_float((127 - e) << 23);
+  float z = log_near(FMA(y, s, FMA(one, s, -1.0f)), (float)e + (large ? 64.0f : 0.0f));
+  z = x < INFINITY ? z : x;
+  z = x == -1 ? -INFINITY : z;
+  return x < -1 ? NAN : z;
+}
+INLINE float log1p_unit(float x) {  // of x between 0 and 1
+  const bool upper = x > 0.41421356f;
+  const float t = upper ? FMA(x, 0.5f, -0.5f) : x;
+  const float y = log_near(t, upper ? 1.0f : 0.0f);
+  return x == x ? y : x;
+}
+#else
+INLINE float exp(float x) { return ::expf(x); }
+INLINE float exp_below(float x) { return ::expf(x); }
+INLINE float log(float x) { return ::logf(x); }
+INLINE float log1p(float x) { return ::log1pf(x); }
+INLINE float log1p_unit(float x) { return ::log1pf(x); }
+#endif
+
 // NaN wins, as in torch.
 template <class T> INLINE T larger(T a, T b) { return a > b || a != a ? a : b; }
 template <class T> INLINE T smaller(T a, T b) { return a < b || a != a ? a : b; }
 INLINE int64_t clamped(int64_t i, int64_t last) { return i < 0 ? 0 : i > last ? last : i; }
-template <class T> INLINE T lgamma_of(T x) { int sign; return lgamma_r((double)x, &sign); }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+// Remainders have the sign of the divisor.
+template <class T> INLINE T remainder(T a, T b) {
+  const T rest = a % b;
+  return rest != 0 && (rest < 0) != (b < 0) ? rest + b : rest;
+}
+INLINE double remainder(double a, double b) {
+  const double rest = ::fmod(a, b);
+  return rest != 0 && (rest < 0) != (b < 0) ? rest + b : rest;
+}
+INLINE float remainder(float a, float b) { return (float)remainder((double)a, (double)b); }
+INLINE int64_t divide_down(int64_t a, int64_t b) {
+  return a / b - (a % b != 0 && (a % b < 0) != (b < 0));
+}
+template <class T> INLINE void fill(T* __restrict__ out, int64_t size, T value) {
+  for (int64_t i = 0; i < size; ++i) out[i] = value;
+}
+template <class T> INLINE void copy(const T* from, int64_t size, T* out) {
+  __builtin_memmove(out, from, size * sizeof(T));
+}
+}  // namespace fn
+"""
+
+_GAMMA = r"""
+namespace fn {
+template <class T> INLINE T lgamma(T x) { int sign; return ::lgamma_r((double)x, &sign); }
 
 // Recurrence up to 10, then the asymptotic series (Abramowitz and Stegun 6.3.18).
 template <class T> INLINE T digamma(T argument) {
   double x = argument, result = 0;
-  if (x == 0) return std::copysign((T)INFINITY, -argument);
+  if (x == 0) return ::copysign(INFINITY, -x);
   if (x < 0) {
-    if (x == std::floor(x)) return NAN;
-    result = -M_PI / std::tan(M_PI * x);
+    if (x == ::floor(x)) return NAN;
+    result = -M_PI / ::tan(M_PI * x);
     x = 1 - x;
   }
   for (; x < 10; x += 1) result -= 1 / x;
   const double y = 1 / (x * x);
   const double tail = 1 / 240. - y * (1 / 132. - y * (691 / 32760. - y * (1 / 12.)));
   const double series = 1 / 12. - y * (1 / 120. - y * (1 / 252. - y * tail));
-  return result + std::log(x) - 0.5 / x - y * series;
+  return result + ::log(x) - 0.5 / x - y * series;
 }
 
-// Row-major products by Fortran BLAS, whose matrices are column-major: out' = b' a'. Of each factor
-// one stride must be 1; an axis of extent 1 may have any.
-template <class T>
-using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const T*,
-                      const T*, const int*, const T*, const int*, const T*, T*, const int*);
-template <class T>
-using Gemv = void (*)(const char*, const int*, const int*, const T*, const T*, const int*, const T*,
-                      const int*, const T*, T*, const int*);
-INLINE int leading(int64_t stride, int64_t least) { return stride > least ? stride : least; }
-template <class T>
-static void matrix_matrix(Gemm<T> gemm, int m, int n, int k, const T* a, int64_t am, int64_t ak,
-                          const T* b, int64_t bk, int64_t bn, T* out) {
-  const T one = 1, zero = 0;
-  const bool a_rows = ak == 1 || k == 1, b_rows = bn == 1 || n == 1;
-  const int lda = a_rows ? leading(am, k) : leading(ak, m);
-  const int ldb = b_rows ? leading(bk, n) : leading(bn, k);
-  gemm(b_rows ? "N" : "T", a_rows ? "N" : "T", &n, &m, &k, &one, b, &ldb, a, &lda, &zero, out, &n);
-}
-template <class T>
-static void matrix_vector(Gemv<T> gemv, int m, int k, const T* a, int64_t am, int64_t ak,
-                          const T* x, int64_t stride, T* out) {
-  const T one = 1, zero = 0;
-  const int step = 1, x_step = stride ? stride : 1;
-  const int lda = ak == 1 ? leading(am, k) : leading(ak, m);
-  if (ak == 1)
-    gemv("T", &k, &m, &one, a, &lda, x, &x_step, &zero, out, &step);
-  else
-    gemv("N", &m, &k, &one, a, &lda, x, &x_step, &zero, out, &step);
-}
-
-// Philox-4x32-10 and Box-Muller, the same words as fastsvi.kernels.philox. Element e of particle p
-// of fit f goes to out[f * P * D + p * particle_stride + e * element_stride].
-// Written out round by round, and in 32-bit halves where a word becomes a float: compilers
-// vectorise this, and neither an inner loop of rounds nor a conversion of unsigned words.
-#define ROUND(k0, k1)                                                             \
-  {                                                                               \
-    const uint64_t a = (uint64_t)x0 * 0xD2511F53u, b = (uint64_t)x2 * 0xCD9E8D57u; \
-    const uint32_t y0 = (uint32_t)(b >> 32) ^ x1 ^ (k0);                          \
-    const uint32_t y2 = (uint32_t)(a >> 32) ^ x3 ^ (k1);                          \
-    x1 = (uint32_t)b, x3 = (uint32_t)a, x0 = y0, x2 = y2;                         \
+// The second derivative of lgamma, likewise (6.4.12), by the reflection formula below 0.
+template <class T> INLINE T trigamma(T argument) {
+  double x = argument, result = 0, sign = 1;
+  if (x < 0.5) {
+    const double s = ::sin(M_PI * x);
+    result = -M_PI * M_PI / (s * s);
+    x = 1 - x, sign = -1;
   }
-#define PHILOX(c0, c1, c2, c3)                                                      \
-  uint32_t x0 = c0, x1 = c1, x2 = c2, x3 = c3;                                      \
-  ROUND(s[0], s[10]) ROUND(s[1], s[11]) ROUND(s[2], s[12]) ROUND(s[3], s[13])       \
-  ROUND(s[4], s[14]) ROUND(s[5], s[15]) ROUND(s[6], s[16]) ROUND(s[7], s[17])       \
-  ROUND(s[8], s[18]) ROUND(s[9], s[19])
-
-template <class T> INLINE T real(uint32_t word) {  // rounded once, as a conversion would
-  return (T)(int32_t)(word >> 16) * (T)65536 + (T)(int32_t)(word & 0xFFFF);
+  for (; x < 10; x += 1) result += 1 / (x * x);
+  const double y = 1 / (x * x);
+  const double tail = 1 / 30. - y * (1 / 42. - y * (1 / 30. - y * (5 / 66.)));
+  return sign * (result + 1 / x + y / 2 + y / x * (1 / 6. - y * tail));
 }
-template <class T> INLINE T radius(uint32_t word) {
-  const T u = real<T>(word) * (T)0x1p-32 + (T)0x1p-33;
-  const T most = sizeof(T) == 4 ? (T)(1 - 0x1p-24) : (T)1;
-  return std::sqrt((T)-2 * std::log(u < most ? u : most));
-}
-template <class T> INLINE T angle(uint32_t word) { return real<T>(word) * (T)(2 * M_PI * 0x1p-32); }
+}  // namespace fn
+"""
 
+# Along the middle one of three axes; sorting by merging, which keeps the order of equals.
+_RUNNING = r"""
 template <class T>
-static void philox_normal(T* __restrict__ out, const int64_t* key, const int64_t* origin,
-                          int64_t fits, int64_t particles, int64_t elements,
-                          int64_t particle_stride, int64_t element_stride) {
-  uint32_t s[20];  // keys of the rounds
-  for (int round = 0; round < 10; ++round) {
-    s[round] = (uint32_t)key[0] + round * 0x9E3779B9u;
-    s[10 + round] = (uint32_t)key[1] + round * 0xBB67AE85u;
-  }
-  const uint32_t first = origin[0], step = origin[1], particle = origin[2];
-  for (int64_t f = 0; f < fits; ++f) {
-    T* fit = out + f * particles * elements;
-    const uint32_t fit_word = origin[3] + f;
-    if (particle_stride == 1) {  // few elements: each has a counter of its own, in lane 0
-      for (int64_t e = 0; e < elements; ++e) {
-        T* __restrict__ column = fit + e * element_stride;
-        const uint32_t group = first + e;
-#pragma omp simd
-        for (int32_t p = 0; p < (int32_t)particles; ++p) {
-          PHILOX(group, step, particle + p, fit_word)
-          column[p] = radius<T>(x0) * std::cos(angle<T>(x1));
+static void running_sum(T* out, const T* x, int64_t outer, int64_t n, int64_t inner) {
+  for (int64_t o = 0; o < outer; ++o, out += n * inner, x += n * inner)
+    for (int64_t k = 0; k < n; ++k)
+      for (int64_t i = 0; i < inner; ++i)
+        out[k * inner + i] = k ? out[(k - 1) * inner + i] + x[k * inner + i] : x[i];
+}
+template <class T>
+static void running_product(T* out, const T* x, int64_t outer, int64_t n, int64_t inner) {
+  for (int64_t o = 0; o < outer; ++o, out += n * inner, x += n * inner)
+    for (int64_t k = 0; k < n; ++k)
+      for (int64_t i = 0; i < inner; ++i)
+        out[k * inner + i] = k ? out[(k - 1) * inner + i] * x[k * inner + i] : x[i];
+}
+template <class T> INLINE bool running_before(T a, T b, bool descending) {  // NaN is the largest
+  return descending ? (a > b || (a != a && b == b)) : (a < b || (a == a && b != b));
+}
+template <class T>
+static void running_sort(T* out, int64_t* places, const T* x, int64_t outer, int64_t n,
+                         int64_t inner, bool descending) {
+  int64_t* spare = new int64_t[2 * n];
+  for (int64_t o = 0; o < outer; ++o)
+    for (int64_t i = 0; i < inner; ++i) {
+      const T* line = x + o * n * inner + i;
+      int64_t *from = spare, *to = spare + n;
+      for (int64_t k = 0; k < n; ++k) from[k] = k;
+      for (int64_t width = 1; width < n; width *= 2) {
+        for (int64_t start = 0; start < n; start += 2 * width) {
+          const int64_t middle = fn::least(start + width, n), end = fn::least(start + 2 * width, n);
+          int64_t a = start, b = middle;
+          for (int64_t k = start; k < end; ++k)
+            to[k] = a < middle && (b >= end || !running_before(line[from[b] * inner],
+                                                               line[from[a] * inner], descending))
+                        ? from[a++]
+                        : from[b++];
         }
+        int64_t* held = from;
+        from = to, to = held;
       }
-      continue;
-    }
-    for (int64_t p = 0; p < particles; ++p) {
-      const uint32_t particle_word = particle + p;
-      for (int64_t tile = 0; tile * 1024 < elements; ++tile) {
-        T* __restrict__ row = fit + p * particle_stride + tile * 1024;
-        const int64_t rest = elements - tile * 1024;
-        const int32_t groups = rest < 256 ? rest : 256;
-        const uint32_t group = first + tile * 256;
-        if (rest <= 256) {
-#pragma omp simd
-          for (int32_t g = 0; g < groups; ++g) {
-            PHILOX(group + g, step, particle_word, fit_word)
-            row[g] = radius<T>(x0) * std::cos(angle<T>(x1));
-          }
-          continue;
-        }
-        // Sine and cosine of one argument in one loop become a call that is not vectorised.
-        T r0[256], r2[256], a0[256], a2[256], lane0[256], lane1[256], lane2[256], lane3[256];
-#pragma omp simd
-        for (int32_t g = 0; g < 256; ++g) {
-          PHILOX(group + g, step, particle_word, fit_word)
-          r0[g] = radius<T>(x0), r2[g] = radius<T>(x2), a0[g] = angle<T>(x1), a2[g] = angle<T>(x3);
-        }
-#pragma omp simd
-        for (int32_t g = 0; g < 256; ++g)
-          lane0[g] = r0[g] * std::cos(a0[g]), lane2[g] = r2[g] * std::cos(a2[g]);
-#pragma omp simd
-        for (int32_t g = 0; g < 256; ++g)
-          lane1[g] = r0[g] * std::sin(a0[g]), lane3[g] = r2[g] * std::sin(a2[g]);
-        const T* lanes[4] = {lane0, lane1, lane2, lane3};
-        for (int64_t lane = 0; lane * 256 < rest && lane < 4; ++lane)
-          std::copy_n(lanes[lane], std::min<int64_t>(256, rest - lane * 256), row + lane * 256);
+      for (int64_t k = 0; k < n; ++k) {
+        places[(o * n + k) * inner + i] = from[k];
+        out[(o * n + k) * inner + i] = line[from[k] * inner];
       }
     }
-  }
+  delete[] spare;
 }
 """
+
+# Giles' approximation (2010), then two steps of Newton's method.
+_ERFINV = r"""
+namespace fn {
+template <class T> INLINE T erfinv(T argument) {
+  const double x = argument;
+  if (!(x > -1 && x < 1)) return x == 1 ? INFINITY : x == -1 ? -INFINITY : NAN;
+  double w = -::log((1 - x) * (1 + x)), p;
+  if (w < 5) {
+    w -= 2.5, p = 2.81022636e-08;
+    p = 3.43273939e-07 + p * w, p = -3.5233877e-06 + p * w, p = -4.39150654e-06 + p * w;
+    p = 0.00021858087 + p * w, p = -0.00125372503 + p * w, p = -0.00417768164 + p * w;
+    p = 0.246640727 + p * w, p = 1.50140941 + p * w;
+  } else {
+    w = ::sqrt(w) - 3, p = -0.000200214257;
+    p = 0.000100950558 + p * w, p = 0.00134934322 + p * w, p = -0.00367342844 + p * w;
+    p = 0.00573950773 + p * w, p = -0.0076224613 + p * w, p = 0.00943887047 + p * w;
+    p = 1.00167406 + p * w, p = 2.83297682 + p * w;
+  }
+  double y = p * x;
+  for (int k = 0; k < 2; ++k) {
+    // Of the complement in the tails, where erf is 1 to all digits.
+    const double gap = x > 0.5 ? (1 - x) - ::erfc(y) : x < -0.5 ? ::erfc(-y) - (1 + x)
+                                                                 : ::erf(y) - x;
+    y -= gap / (M_2_SQRTPI * ::exp(-y * y));
+  }
+  return y;
+}
+}  // namespace fn
+"""
+
+# Pieces of code and the text whose presence in a program calls for them.
+_PIECES = [
+    ("gamma(", _GAMMA),
+    ("erfinv(", _ERFINV),
+    ("matrix_", prelude_linear.PRODUCTS),
+    ("running_", _RUNNING),
+    ("linear_", prelude_linear.FACTORIZATIONS),
+    ("philox_", prelude_noise.NOISE),
+    ("subset_", prelude_noise.SUBSETS),
+]
+
+
+def prelude_for(program: str) -> str:
+    """The code that ``program`` builds on."""
+    return _BASE + "".join(piece for mark, piece in _PIECES if mark in program)

@@ -1,120 +1,220 @@
-"""Matrix products by BLAS: the one thing that loops of our own should not do.
+"""Matrix products: small ones as loops, large ones by BLAS, which reads factors where they lie.
 
-The routines are those that torch itself brings; if its build hides them, loops take over.
+vmap makes of ``x @ w`` for many ``w`` a product of an expanded matrix: batches of which one factor
+is the same throughout become one product.
 """
 
 from __future__ import annotations
 
-import ctypes
+import math
 from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+from fastsvi.engine.loops import blas
+from fastsvi.engine.loops.index import ZERO, Axis, of_axis
+from fastsvi.engine.loops.ir import (
+    CTYPES,
+    Array,
+    Body,
+    Expr,
+    Indices,
+    Statement,
+    Value,
+    nothing,
+    of_array,
+)
 
-from fastsvi.engine.loops.index import Axis, of_axis
-from fastsvi.engine.loops.ir import Array, Body, Indices, Value
+if TYPE_CHECKING:
+    from fastsvi.engine.loops.lower import Program
+    from fastsvi.engine.record import Node
 
 # Products of fewer multiplications are done faster in place than by a call.
 WORTH_A_CALL = 4096
+# A result with fewer columns than this is laid out column by column, if they are long: BLAS is
+# several times slower on the narrow side.
+_NARROW = 64
 
 
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
-    folder = Path(torch.__file__).parent / "lib"
-    for path in sorted(folder.glob("libtorch_cpu.*")):
-        return ctypes.CDLL(str(path))
-    return None
+def _product(program: Program, node: Node, a: Value, b: Value, names: str) -> Value:
+    """Sum of products in index notation, such as ``mk,kn,mn``."""
+    left, right, out = names.split(",")
+    extent = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
+    if math.prod(extent.values()) >= WORTH_A_CALL and a.dtype in blas.ROUTINES:
+        return _call(program, node, a, b)
+    a = a if a.cost == 0 else program.store(a)
+    b = b if b.cost == 0 else program.store(b)
+    letters = out + "".join(x for x in left if x not in out)
+    moving = [x for x in letters if extent[x] != 1]
+    array = program.array(node.shape, node.dtype)
+
+    def at(indices: Indices, names: str) -> Indices:
+        place = dict(zip(moving, indices, strict=True))
+        return tuple(place.get(x, ZERO) for x in names)
+
+    def value(indices: Indices, body: Body) -> Expr:
+        x, y = a.load(at(indices, left), body), b.load(at(indices, right), body)
+        return body.local(CTYPES[node.dtype], f"{x.text} * {y.text}", x.axes | y.axes)
+
+    reduced = tuple(k for k, x in enumerate(moving) if x not in out)
+    domain = tuple(extent[x] for x in moving)
+    store = lambda indices: at(indices, out)  # noqa: E731
+    combine = "+" if reduced else None
+    program.add(Statement(array, domain, value, store, reduced, combine))
+    return of_array(array)
 
 
-@lru_cache(maxsize=1)
-def pointers() -> ctypes.Array[ctypes.c_void_p]:
-    """Addresses of sgemm, dgemm, sgemv and dgemv, in Fortran's convention; zeros if not found."""
-    library = _library()
-    found = []
-    for name in ("sgemm", "dgemm", "sgemv", "dgemv"):
-        symbols = (f"{name}_", name.upper())
-        symbol = next((s for s in symbols if library is not None and hasattr(library, s)), None)
-        address = ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value if symbol else None
-        found.append(address or 0)
-    return (ctypes.c_void_p * len(found))(*found)
+# ---- products by a call
 
 
-def _routines() -> dict[torch.dtype, tuple[int, int]]:
-    return {torch.float32: (0, 2), torch.float64: (1, 3)} if all(pointers()) else {}
+class Place(NamedTuple):
+    """Where the elements of a view lie in an array: ``start`` and a stride per axis."""
+
+    array: Array
+    start: int
+    strides: list[int]
 
 
-ROUTINES = _routines()  # by dtype: positions of the matrix and the vector routine
-
-
-def source(x: Value) -> tuple[Array, Indices, tuple[Axis, ...]]:
-    """The array that a view reads, where, and the axes of the view."""
+def _place(x: Value) -> Place | None:
+    """Place of a view of one array; None if it computes, or jumps about."""
     axes = tuple(Axis(f"v{k}", extent) for k, extent in enumerate(x.shape))
     body = Body()
     x.load(tuple(of_axis(axis) for axis in axes), body)
-    ((array, places),) = body.loads.items()
-    (indices,) = places
-    return array, indices, axes
-
-
-def is_plain(x: Value) -> bool:
-    """Whether ``x`` is the whole of one array, up to the order and number of its axes of 1.
-
-    A batch may repeat one matrix: its axis then does not move.
-    """
-    if x.cost:
-        return False
-    body = Body()
-    axes = tuple(Axis(f"v{k}", extent) for k, extent in enumerate(x.shape))
-    x.load(tuple(of_axis(axis) for axis in axes), body)
-    if len(body.loads) != 1:
-        return False
+    if x.cost or len(body.loads) != 1:
+        return None
     ((array, places),) = body.loads.items()
     if len(places) != 1:
-        return False
-    (indices,) = places
-    moving = [axis for axis in axes if axis.extent != 1]
-    read = [i for i, extent in zip(indices, array.shape, strict=True) if extent != 1]
-    used = [axis for axis in moving if any(index == of_axis(axis) for index in read)]
-    repeated = [axis for axis in moving if axis not in used]
-    return len(used) == len(read) and (not repeated or (len(axes) == 3 and repeated == [axes[0]]))
+        return None
+    offset = array.offset(next(iter(places)))
+    strides = [offset.stride(axis) for axis in axes]
+    if not all(isinstance(atom, Axis) for atom, _ in offset.terms):
+        return None
+    return Place(array, offset.const, [s or 0 for s in strides])
 
 
-def has_rows(x: Value) -> bool:
-    """Whether the matrices of a batch have neighbours in memory, in the order the array has."""
-    return 1 in _strides(x)[-2:]
+def _factor(program: Program, x: Value) -> Value:
+    """``x`` itself if its matrices lie so that BLAS can read them, else a copy."""
+    place = _place(x)
+    if place is not None:
+        array = place.array
+        if array.kind == "temporary" and array.order is None:
+            # Its layout is free as long as it is used whole; a batch fixes it.
+            whole = sorted(n for n in array.shape if n != 1) == sorted(n for n in x.shape if n != 1)
+            if whole and len(x.shape) < 3:
+                return x
+            array.order = tuple(range(len(array.shape)))
+        if _is_readable(x.shape, place.strides):
+            return x
+    array = program.array(x.shape, x.dtype)
+    if len(x.shape) == 3:
+        array.order = (0, 1, 2)
+    program.write(array, x)
+    return of_array(array)
 
 
-def call(out: Array, a: Value, b: Value, batch: int) -> Callable[[], str]:
+def _is_readable(shape: tuple[int, ...], strides: list[int]) -> bool:
+    if len(shape) == 1:
+        return strides[0] == 1 or shape[0] == 1
+    (m, n), (row, column) = shape[-2:], strides[-2:]
+    if m == 1 or n == 1:  # a vector in the guise of a matrix
+        return (strides[-1] if m == 1 else strides[-2]) == 1 or m == n == 1
+    return (column == 1 and row >= n) or (row == 1 and column >= m)
+
+
+def _call(program: Program, node: Node, a: Value, b: Value) -> Value:
+    a, b = _factor(program, a), _factor(program, b)
+    array = program.blank(node.shape, node.dtype)
+    if len(node.shape) == 2 and 1 < node.shape[1] < min(_NARROW, node.shape[0]):
+        array.order = (1, 0)
+    statement = Statement(array, (), nothing, lambda i: i, call=_text(array, a, b))
+    statement.loads = {_known(x).array: set() for x in (a, b)}
+    program.statements.append(statement)
+    return of_array(array)
+
+
+def _known(x: Value) -> Place:
+    place = _place(x)
+    if place is None:
+        raise ValueError(f"a factor of shape {x.shape} has no place in memory")
+    return place
+
+
+class _Matrix(NamedTuple):
+    """A matrix in memory: pointer, extents, strides."""
+
+    pointer: str
+    rows: int
+    columns: int
+    row: int
+    column: int
+
+    @property
+    def turned(self) -> _Matrix:
+        return _Matrix(self.pointer, self.columns, self.rows, self.column, self.row)
+
+
+def _text(out: Array, a: Value, b: Value) -> Callable[[], str]:
     """C++ for ``out = a @ b``; made when the arrays have been laid out."""
 
     def write() -> str:
-        left, right = _strides(a), _strides(b)
-        matrix, vector = ROUTINES[out.dtype]
-        kind = out.ctype
+        left, right, result = _known(a), _known(b), _known(of_array(out))
+        x, y = (f"({place.array.name} + {place.start})" for place in (left, right))
         if len(b.shape) == 1:
-            m, k = a.shape
-            routine = f"(Gemv<{kind}>)blas[{vector}]"
-            x, y = source(a)[0].name, source(b)[0].name
-            return (
-                f"matrix_vector<{kind}>({routine}, {m}, {k}, {x}, {left[0]}, {left[1]}, {y}, "
-                f"{right[0]}, {out.name});"
-            )
-        m, k = a.shape[-2:]
-        n = b.shape[-1]
-        steps = [left[0], right[0], m * n] if len(a.shape) == 3 else [0, 0, 0]
-        x, y = source(a)[0].name, source(b)[0].name
-        return (
-            f"for (int64_t b = 0; b < {batch}; ++b) matrix_matrix<{kind}>("
-            f"(Gemm<{kind}>)blas[{matrix}], {m}, {n}, {k}, {x} + b * {steps[0]}, {left[-2]}, "
-            f"{left[-1]}, {y} + b * {steps[1]}, {right[-2]}, {right[-1]}, "
-            f"{out.name} + b * {steps[2]});"
+            matrix = _Matrix(x, *a.shape, *left.strides)
+            return _multiply(out, matrix, _Matrix(y, b.shape[0], 1, 1, 0), out.name, 1, 0)
+        first = _Matrix(x, *a.shape[-2:], *left.strides[-2:])
+        second = _Matrix(y, *b.shape[-2:], *right.strides[-2:])
+        if len(a.shape) == 2:
+            return _multiply(out, first, second, out.name, *result.strides)
+        batch, m, k, n = a.shape[0], *a.shape[1:], b.shape[2]
+        step_a, step_b = left.strides[0], right.strides[0]
+        # One matrix with a batch of vectors, or of stacked rows, is one product.
+        if step_a == 0 and n == 1 and step_b >= k:
+            vectors = _Matrix(y, batch, k, step_b, 1)
+            return _multiply(out, vectors, first.turned, out.name, m, 1)
+        if step_b == 0 and m == 1 and step_a >= k:
+            vectors = _Matrix(x, batch, k, step_a, 1)
+            return _multiply(out, vectors, second, out.name, n, 1)
+        if step_b == 0 and first.column == 1 and step_a == m * first.row:
+            rows = _Matrix(x, batch * m, k, first.row, 1)
+            return _multiply(out, rows, second, out.name, n, 1)
+        call = _multiply(
+            out,
+            first._replace(pointer=f"{x} + b * {step_a}"),
+            second._replace(pointer=f"{y} + b * {step_b}"),
+            f"{out.name} + b * {m * n}",
+            n,
+            1,
         )
+        return f"for (int64_t b = 0; b < {batch}; ++b) {call}"
 
     return write
 
 
-def _strides(x: Value) -> list[int]:
-    array, indices, axes = source(x)
-    offset = array.offset(indices)
-    return [offset.stride(axis) or 0 for axis in axes]
+def _multiply(out: Array, a: _Matrix, b: _Matrix, target: str, row: int, column: int) -> str:
+    """One product into ``target``, whose elements lie ``row`` and ``column`` apart."""
+    kind = out.ctype
+    if a.rows == 1 or (column != 1 and b.columns != 1):
+        a, b = b.turned, a.turned  # the transpose of the result, from those of the factors
+    if b.columns == 1:
+        matrix = f"{a.rows}, {a.columns}, {a.pointer}, {a.row}, {a.column}"
+        return f"matrix_vector<{kind}>({matrix}, {b.pointer}, {b.row or 1}, {target});"
+    routine = f"blas[{blas.ROUTINES[out.dtype]}]"
+    sizes = f"{a.rows}, {b.columns}, {a.columns}"
+    left = f"{a.pointer}, {a.row}, {a.column}"
+    right = f"{b.pointer}, {b.row}, {b.column}"
+    return f"matrix_matrix<{kind}>({routine}, {sizes}, {left}, {right}, {target});"
+
+
+def _mm(program: Program, node: Node, a: Value, b: Value, *_: Any) -> Value:
+    return _product(program, node, a, b, "mk,kn,mn")
+
+
+def _mv(program: Program, node: Node, a: Value, b: Value) -> Value:
+    return _product(program, node, a, b, "mk,k,m")
+
+
+def _bmm(program: Program, node: Node, a: Value, b: Value, *_: Any) -> Value:
+    return _product(program, node, a, b, "bmk,bkn,bmn")
+
+
+OPERATIONS: dict[Any, Callable[..., Value]] = {"mm": _mm, "mv": _mv, "bmm": _bmm}

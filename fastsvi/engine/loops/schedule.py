@@ -18,6 +18,8 @@ _VECTOR = 8  # lanes of a vector register that a loop should fill
 # Cost of a load whose neighbours are not neighbours in memory, from a cache or from further away.
 _NEAR, _FAR = 6.0, 16.0
 _CACHE = 16 << 10  # bytes of an array that stays in the first cache
+# Operations that are rather done twice than their result written to memory and read again.
+_LITTLE = 12
 
 
 @dataclass(eq=False)
@@ -39,6 +41,7 @@ class Schedule:
 
     nests: list[Nest]
     private: set[Array]  # read by nobody outside of the nest that computes them
+    recomputed: dict[Array, Statement]  # computed anew in each nest that reads them
     aliased: set[int]  # positions of outputs that overwrite their input in place
 
 
@@ -51,11 +54,12 @@ def schedule(program: Program, num_state: int) -> Schedule:
         elif nest.statements[0].call is None:
             nest.order = nest.statements[0].axes
         _lay_out(nest)
+    outputs = set(program.outputs)
+    recomputed = _recompute(program, nests, place, outputs)
     readers: dict[Array, set[int]] = {}
     for statement in program.statements:
         for array in statement.loads:
             readers.setdefault(array, set()).add(place[statement])
-    outputs = set(program.outputs)
     private = {
         s.array
         for s in program.statements
@@ -64,7 +68,7 @@ def schedule(program: Program, num_state: int) -> Schedule:
         and s.array not in outputs
         and readers.get(s.array, set()) <= {place[s]}
     }
-    return Schedule(nests, private, _aliases(program, place, num_state))
+    return Schedule(nests, private, recomputed, _aliases(program, place, num_state))
 
 
 def _group(statements: list[Statement]) -> tuple[list[Nest], dict[Statement, int]]:
@@ -88,8 +92,52 @@ def _group(statements: list[Statement]) -> tuple[list[Nest], dict[Statement, int
             position = len(nests)
             nests.append(Nest([statement]))
         place[statement] = position
-        producers.setdefault(statement.array, []).append(statement)
+        for array in (statement.array, *statement.also):
+            producers.setdefault(array, []).append(statement)
     return nests, place
+
+
+def _recompute(
+    program: Program, nests: list[Nest], place: dict[Statement, int], outputs: set[Array]
+) -> dict[Array, Statement]:
+    """Arrays that are computed again wherever they are read, because that moves less memory."""
+    writers: dict[Array, list[Statement]] = {}
+    readers: dict[Array, list[Statement]] = {}
+    for statement in program.statements:
+        for array in (statement.array, *statement.also):
+            writers.setdefault(array, []).append(statement)
+        for array in statement.loads:
+            readers.setdefault(array, []).append(statement)
+    recomputed: dict[Array, Statement] = {}
+    for array, (first, *more) in writers.items():
+        reading = readers.get(array, [])
+        if (
+            array in outputs
+            or array.size * array.dtype.itemsize < _CACHE
+            or more
+            or first.call is not None
+            or first.work > _LITTLE
+            or not all(_same_iteration(reader, first, [first]) for reader in reading)
+        ):
+            continue
+        others = {place[reader] for reader in reading} - {place[first]}
+        extra = 0
+        for position in others:
+            at_hand = [s.loads for s in nests[position].statements]
+            for source, places in first.loads.items():
+                small = source.size * source.dtype.itemsize < _CACHE
+                if not small and not any(places <= loads.get(source, set()) for loads in at_hand):
+                    extra += 1
+        if not others or extra > len(others) + 1:
+            continue
+        recomputed[array] = first
+        for reader in reading:
+            if place[reader] in others:
+                del reader.loads[array]
+                for source, places in first.loads.items():
+                    reader.loads[source] = reader.loads.get(source, set()) | places
+                    readers[source].append(reader)
+    return recomputed
 
 
 def _same_iteration(reader: Statement, producer: Statement, all_producers: list[Statement]) -> bool:

@@ -192,7 +192,7 @@ def slice_scatter(
 
     def into(index: Index) -> Index:
         # Read inside the slice even where the result is not used, so never out of bounds.
-        text = f"clamped({index.text} - {start}, {last})"
+        text = f"fn::clamped({index.text} - {start}, {last})"
         return Index(((Opaque(text, index.axes, last + 1), 1),))
 
     return _inserted(x, new, dim, start, end, into, squash=False)
@@ -205,7 +205,7 @@ def diagonal_scatter(x: Value, new: Value, offset: int = 0, dim1: int = 0, dim2:
 
     def load(indices: Indices, body: Body) -> Expr:
         row, column = indices[dim1], indices[dim2]
-        text = f"clamped({(row if offset >= 0 else column).text}, {last})"
+        text = f"fn::clamped({(row if offset >= 0 else column).text}, {last})"
         along = Index(((Opaque(text, row.axes | column.axes, last + 1), 1),))
         others = tuple(i for k, i in enumerate(indices) if k not in (dim1, dim2))
         inside, outside = new.load((*others, along), body), x.load(indices, body)
