@@ -59,6 +59,10 @@ class CheckpointError(FastSVIError, RuntimeError):
     """A checkpoint or store file is truncated, unsafe, or of another format."""
 
 
+class OutOfMemoryError(FastSVIError, MemoryError):
+    """A step needs more memory than there is; the message names sizes that would fit."""
+
+
 class CaptureError(FastSVIError, RuntimeError):
     """A step cannot be recorded as a graph; the message names the statement at fault."""
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastsvi.infer import autoguide
 from fastsvi.infer.abstract_infer import EmpiricalMarginal, TracePosterior
+from fastsvi.infer.convergence import Verdict
 from fastsvi.infer.elbo import (
     ELBO,
     ELBOModule,
@@ -14,7 +15,8 @@ from fastsvi.infer.elbo import (
 )
 from fastsvi.infer.importance import Importance, psis_diagnostic, vectorized_importance_weights
 from fastsvi.infer.predictive import Predictive
-from fastsvi.infer.svi import SVI, SVIRunResult
+from fastsvi.infer.run_result import SVIRunResult, Timings
+from fastsvi.infer.svi import SVI
 from fastsvi.infer.util import enable_validation, is_validation_enabled
 
 __all__ = [
@@ -27,9 +29,11 @@ __all__ = [
     "JitTrace_ELBO",
     "Predictive",
     "SVIRunResult",
+    "Timings",
     "TraceMeanField_ELBO",
     "TracePosterior",
     "Trace_ELBO",
+    "Verdict",
     "autoguide",
     "enable_validation",
     "is_validation_enabled",

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from fastsvi.errors import CaptureError, FastSVIWarning
+from fastsvi.infer.arguments import Arguments
+from fastsvi.infer.batches import Batches, varying
 from fastsvi.infer.captured import CapturedStep, Disagreement
+from fastsvi.infer.captures import TooManyCaptures
 from fastsvi.infer.progress import Losses
 
 if TYPE_CHECKING:
@@ -31,14 +34,24 @@ _WORTH_SECONDS = 0.3
 # A native chunk is as long as Ctrl-C and the progress bar may wait.
 _CHUNK_SECONDS = 0.1
 _FIRST_CHUNK = 16
+# Native steps before Python state is looked at again, and the factor to the next time.
+_FIRST_LOOK, _LOOK_FACTOR = 1000, 4
 
 
 class Runner:
-    """Takes steps of ``svi`` with fixed arguments.
+    """Takes steps of ``svi``.
+
+    Args:
+        svi: the fit.
+        args, kwargs: arguments of every step.
+        num_steps: how many steps will be asked for.
+        compile: see :meth:`SVI.run`.
+        batches: an iterable of what changes from step to step.
 
     Attributes:
         obstacle: why the steps are taken eagerly; None if they are not, or might not be.
         native_steps: steps taken in native form so far.
+        capture_seconds, compile_seconds: what capturing and compiling took.
     """
 
     def __init__(
@@ -48,45 +61,92 @@ class Runner:
         kwargs: dict[str, Any],
         num_steps: int,
         compile: Compile,
+        batches: Any = None,
     ) -> None:
         self.svi = svi
-        self.args = args
-        self.kwargs = kwargs
         self.compile = compile
         self.obstacle = None if compile else "compile=False"
         self.native_steps = 0
+        self.capture_seconds = 0.0
+        self.compile_seconds = 0.0
+        self._batches = None if batches is None else Batches(batches, args, kwargs)
+        self._shared = args, kwargs
+        self._arguments = Arguments(args, kwargs)
         self._remaining = num_steps
         self._eager_steps = 0
         self._eager_seconds = 0.0
-        self._captured: CapturedStep | None = None
+        self._step: CapturedStep | None = None  # served the latest step
         self._builder: threading.Thread | None = None
         self._failure: CaptureError | None = None
-        self._ready = False
         self._chunk = _FIRST_CHUNK
+        self._next_look = _FIRST_LOOK
 
     def advance(self, losses: Losses, *, read: bool = True) -> Any:
         """Take one or more steps, append their losses and return the last.
 
         ``read`` says whether an eager step may look at its loss, for which it waits.
         """
-        if self.obstacle is None and self._captured is None and self._is_worth_it():
-            self._capture()
-        if self._captured is not None and self._ready:
-            several = self._advance_native(self._captured)
+        if self._batches is not None:
+            self._arguments = self._batches.next()
+        step = self._native() if self.obstacle is None else None
+        if step is None:
+            loss = self._advance_eagerly(read=read)
+        elif not step.is_checked:
+            loss = self._take_over(step)
+        else:
+            several = self._advance_native(step)
             losses.extend(several)
             return several[-1]
-        if self._captured is not None and self._is_built():
-            loss = self._take_over(self._captured)
-        else:
-            loss = self._advance_eagerly(read=read)
         losses.append(loss)
         return loss
+
+    # -------------------------------------------------------------------------------- resuming
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the steps are taken in native form at present."""
+        return self._step is not None and self._step.is_checked
+
+    def skip(self, done: int) -> Arguments:
+        """Begin after ``done`` steps, taken by another process; arguments of the step to come."""
+        self._remaining -= done
+        self._eager_steps = min(done, 1)  # the first, which does more than a step
+        if self._batches is not None:
+            for _ in range(done):
+                self._batches.next()
+            self._arguments = self._batches.peek()
+        return self._arguments
+
+    def take_up(self) -> None:
+        """Have native steps ready and checked; parameters, optimizer and noise stay as they are."""
+        if self.obstacle is not None:
+            return
+        try:
+            step = self._step = self._capture()
+            if self._builder is not None:
+                self._builder.join()
+                self._builder = None
+            if self._failure is not None:
+                raise self._failure
+            state = [tensor.clone() for tensor in step.pure.state]
+            args, kwargs = self._arguments.args, self._arguments.kwargs
+            try:
+                step.check(
+                    self._arguments, lambda: self.svi._advance(args, kwargs, by_counter=True)
+                )
+            finally:
+                for tensor, value in zip(step.pure.state, state, strict=True):
+                    tensor.copy_(value)
+                step.pure.buffer.touch()
+        except CaptureError as error:
+            self._give_up(error)
 
     # ----------------------------------------------------------------------------------- eager
 
     def _advance_eagerly(self, *, read: bool = True) -> Any:
         start = time.perf_counter()
-        loss = self.svi._advance(self.args, self.kwargs, read=read)
+        args, kwargs = self._arguments.args, self._arguments.kwargs
+        loss = self.svi._advance(args, kwargs, read=read, by_counter=True)
         if self._eager_steps:  # the first step does more than a step
             self._eager_seconds += time.perf_counter() - start
         self._eager_steps += 1
@@ -94,11 +154,8 @@ class Runner:
         return loss
 
     def _is_worth_it(self) -> bool:
-        kept = self.svi._captured
-        if kept is not None and kept.serves(self.args, self.kwargs):
-            return True
         if self.compile is True:
-            return self._eager_steps > 0
+            return self._eager_steps > 0 or bool(self.svi._targets.leaves)
         if self._eager_steps < _WARM_UP:
             return False
         step = self._eager_seconds / (self._eager_steps - 1)
@@ -106,25 +163,46 @@ class Runner:
 
     # ---------------------------------------------------------------------------------- native
 
-    def _capture(self) -> None:
-        kept = self.svi._captured
-        if kept is not None and kept.serves(self.args, self.kwargs):
-            self._captured = kept
-            return
+    def _native(self) -> CapturedStep | None:
+        """A captured step for the arguments, if there is one that is built."""
+        if self._builder is not None and not self._is_built():
+            return None
+        step = self._step
+        if step is None or not (step.is_current() and step.accepts(self._arguments)):
+            step = self.svi._captures.find(self._arguments)
         try:
-            self._captured = CapturedStep(self.svi, self.args, self.kwargs)
+            if self._failure is not None:
+                raise self._failure
+            if step is None:
+                if self._step is not None and self._batches is None:
+                    raise CaptureError("parameters or the optimizer changed during the run")
+                if not self._is_worth_it():
+                    return None
+                step = self._capture()
         except CaptureError as error:
             self._give_up(error)
-            return
-        self.svi._captured = self._captured
-        self._builder = threading.Thread(target=self._build, args=(self._captured,), daemon=True)
-        self._builder.start()
+            return None
+        self._step = step
+        return step if self._builder is None or self._is_built() else None
 
-    def _build(self, captured: CapturedStep) -> None:
+    def _capture(self) -> CapturedStep:
+        lifted: frozenset[int] = frozenset()
+        if self._batches is not None:
+            lifted = varying(self._arguments, *self._shared)
+        start = time.perf_counter()
+        step = self.svi._captures.capture(self._arguments, lifted)
+        self.capture_seconds += time.perf_counter() - start
+        self._builder = threading.Thread(target=self._build, args=(step,), daemon=True)
+        self._builder.start()
+        return step
+
+    def _build(self, step: CapturedStep) -> None:
+        start = time.perf_counter()
         try:
-            captured.native.build()
+            step.native.build()
         except CaptureError as error:
             self._failure = error
+        self.compile_seconds += time.perf_counter() - start
 
     def _is_built(self) -> bool:
         if self._builder is not None:
@@ -132,33 +210,39 @@ class Runner:
             if self._builder.is_alive():
                 return False
             self._builder = None
-            if self._failure is not None:
-                self._give_up(self._failure)
-                return False
         return True
 
-    def _take_over(self, captured: CapturedStep) -> Any:
+    def _take_over(self, step: CapturedStep) -> Any:
         """Compare one native with one eager step; from here on, steps are native."""
         try:
-            if not captured.is_current():
-                raise CaptureError("parameters, their layout or the optimizer changed meanwhile")
-            loss = captured.check(self._advance_eagerly)
+            if self._failure is not None:
+                raise self._failure
+            return step.check(self._arguments, self._advance_eagerly)
         except Disagreement as error:
             self._give_up(error)
             return error.loss
         except CaptureError as error:
             self._give_up(error)
             return self._advance_eagerly()
-        self._ready = True
-        return loss
 
-    def _advance_native(self, captured: CapturedStep) -> Tensor:
-        if not captured.is_current():
-            self._give_up(CaptureError("parameters or the optimizer changed during the run"))
-            return self._advance_eagerly().reshape(1)
+    def _advance_native(self, step: CapturedStep) -> Tensor:
+        if self.native_steps >= self._next_look:
+            self._next_look *= _LOOK_FACTOR
+            try:
+                step.check_again()
+            except CaptureError as error:
+                self._give_up(error)
+                return self._advance_eagerly().reshape(1)
         steps = min(self._chunk, self._remaining)
         start = time.perf_counter()
-        losses = captured.run(steps)
+        if self._batches is None:
+            losses = step.run(steps, self._arguments)
+        else:
+            taken = [self._arguments, *self._batches.alike(steps - 1, step.accepts)]
+            steps = len(taken)
+            losses = step.run_batches(taken)
+            # The first one that was not taken is taken eagerly now if it is this step's.
+            self._batches.give_back(taken[len(losses) or 1 :])
         seconds = time.perf_counter() - start
         if len(losses) < steps:
             # The next step is not finite. Taken eagerly it says which site is at fault.
@@ -174,10 +258,11 @@ class Runner:
         return losses
 
     def _give_up(self, error: CaptureError) -> None:
-        self._captured = self.svi._captured = None
-        self._ready = False
+        if self._step is not None:
+            self.svi._captures.forget(self._step)
+            self._step = None
         self.obstacle = str(error)
-        if self.compile is True:
+        if self.compile is True or isinstance(error, TooManyCaptures):
             warnings.warn(
                 f"SVI.run: the steps are taken eagerly, because {error}",
                 FastSVIWarning,

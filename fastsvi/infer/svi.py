@@ -3,53 +3,35 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastsvi import poutine, settings
-from fastsvi.errors import ConstraintError, DtypeError, FastSVIError, NonFiniteError, describe
-from fastsvi.infer.captured import CapturedStep
-from fastsvi.infer.deferred import DeferredChecks
+from fastsvi.errors import ConstraintError, DtypeError, FastSVIError, describe
+from fastsvi.infer.bad_calls import explained
+from fastsvi.infer.captures import Captures
+from fastsvi.infer.convergence import EarlyStop
+from fastsvi.infer.course import Course
 from fastsvi.infer.elbo import ELBO
 from fastsvi.infer.elbo.program import Program, all_leaves, leaves_of, total_loss, values_of
-from fastsvi.infer.progress import Losses, Progress
+from fastsvi.infer.fit_data import FitData, FitDims
+from fastsvi.infer.fits import Fits
+from fastsvi.infer.fits_runner import FitsRunner
+from fastsvi.infer.progress import Losses
+from fastsvi.infer.run_result import Stopwatch, SVIRunResult
 from fastsvi.infer.runner import COMPILE, Compile, Runner
+from fastsvi.infer.saving import Saving
 from fastsvi.infer.targets import Targets, Undo
 from fastsvi.infer.util import is_finite, torch_item
 from fastsvi.optim import PyroOptim
+from fastsvi.params.checkpoint import PathLike
 from fastsvi.poutine.runtime import PARAM_STORE
 
 
 class OptimizerError(FastSVIError, TypeError, ValueError):
     """What was given as an optimizer is none."""
-
-
-@dataclass(frozen=True)
-class SVIRunResult:
-    """What :meth:`SVI.run` reached.
-
-    Attributes:
-        losses: loss of each step, a tensor ``[steps]`` on the device of the parameters.
-        params: constrained values of all parameters of the store, by name, detached copies.
-        interrupted: whether Ctrl-C ended the run early.
-        native_steps: how many of the steps were taken in compiled form.
-        obstacle: why not all could be, with the statement at fault; None if all might have been.
-    """
-
-    losses: Tensor
-    params: dict[str, Tensor]
-    interrupted: bool = False
-    native_steps: int = 0
-    obstacle: str | None = None
-
-    def __repr__(self) -> str:
-        last = f"last loss {self.losses[-1].item():g}, " if len(self.losses) else ""
-        end = ", interrupted" if self.interrupted else ""
-        return f"SVIRunResult({len(self.losses)} steps, {last}{len(self.params)} params{end})"
 
 
 class SVI:
@@ -65,6 +47,10 @@ class SVI:
             gradient it also adds to the parameters' ``grad``.
         seed: of the noise that the engine draws; by default taken from torch's generator at the
             first step, so that ``set_rng_seed`` makes runs repeatable.
+        num_fits: train so many independent fits in every step of :meth:`run`, each with its own
+            initial values, noise, optimizer state and, by ``fit_dims``, own data.
+        first_fit: number of the first of them. Fit 17 has the same noise whether it is fit 17 of
+            100, or the first of 10 with ``first_fit=17``.
 
     Raises:
         OptimizerError: ``optim`` is not an optimizer of fastsvi.
@@ -94,6 +80,8 @@ class SVI:
         num_steps: int = 0,
         *,
         seed: int | None = None,
+        num_fits: int | None = None,
+        first_fit: int = 0,
     ) -> None:
         for name, value, instead in (
             ("num_steps", num_steps, "SVI.run(num_steps, ...)"),
@@ -126,7 +114,8 @@ class SVI:
                 if seed is not None:
                     self._program.set_seed(seed)
         self._targets = Targets()
-        self._captured: CapturedStep | None = None  # of the latest run
+        self._captures = Captures(self)
+        self._fits = None if num_fits is None else Fits(self, num_fits, first_fit)
 
     # ------------------------------------------------------------------------------------ steps
 
@@ -151,7 +140,7 @@ class SVI:
         Noise that the engine draws comes from a stream of its own, so training goes on as if the
         loss had not been asked for; a hand-written guide draws from torch's generator.
         """
-        with torch.no_grad():
+        with torch.no_grad(), explained(self, args, kwargs):
             return _as_number(self.loss(self.model, self.guide, *args, **kwargs))
 
     def run(
@@ -160,6 +149,11 @@ class SVI:
         *args: Any,
         progress_bar: bool = True,
         compile: Compile = "auto",
+        batches: Iterable[Any] | None = None,
+        fit_dims: FitDims = None,
+        stop_when_converged: bool = False,
+        checkpoint: PathLike | None = None,
+        checkpoint_every: float = 60.0,
         **kwargs: Any,
     ) -> SVIRunResult:
         """Take ``num_steps`` steps with the same arguments.
@@ -174,6 +168,20 @@ class SVI:
             compile: ``"auto"`` starts eagerly at once and goes over to compiled steps when they
                 are ready and worth it; ``True`` waits for them, and warns where a program cannot
                 be compiled; ``False`` stays eager.
+            batches: an iterable such as a DataLoader, iterated anew as often as needed: each step
+                takes one batch, whose parts (of a tuple, a list or a dict) are arguments that
+                ``args`` and ``kwargs`` follow.
+            fit_dims: with ``num_fits``, which arguments have a slice for every fit: for each
+                positional argument the dimension that counts the fits, or None where all share
+                it; or a dict of dimensions by names of keyword arguments.
+            stop_when_converged: end the run once the losses of its last half are flat, at two
+                looks in a row; see :mod:`fastsvi.infer.convergence`.
+            checkpoint: path of a file that is written as the run goes on, at its end and on Ctrl-C.
+                Where the file exists, the run goes on from it, in this process or in another one,
+                with the losses and parameters of a run that was never interrupted, and all
+                ``num_steps`` losses are returned. (``batches`` must then come in the same order.
+                Not in the file: buffers of modules, such as running means, and Python state.)
+            checkpoint_every: seconds between two writes.
             args, kwargs: arguments of model and guide.
 
         Returns:
@@ -184,6 +192,10 @@ class SVI:
             NonFiniteError: as in :meth:`step`; the parameters are those of the last good step. On
                 an accelerator, where a look at the loss would wait for the device, it is raised
                 within about a second, and the parameters are those of the last look.
+            CheckpointError: the file is damaged or was written by another program, or cannot be
+                written at all; nothing has changed.
+            OutOfMemoryError, DeviceError, CallError: the arguments are too large, on the wrong
+                device, or not those that model and guide take.
         """
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
             raise ConstraintError(
@@ -192,46 +204,89 @@ class SVI:
             )
         if compile not in COMPILE:
             raise ConstraintError(f"compile is one of {COMPILE}, found {compile!r}")
-        losses = Losses()
-        interrupted = False
-        runner = Runner(self, args, kwargs, num_steps, compile)
-        deferred: DeferredChecks | None = None
-        try:
-            with Progress(num_steps, losses, show=progress_bar) as steps:
-                for _ in steps:
-                    loss = runner.advance(losses, read=deferred is None)
-                    if deferred is not None:
-                        if deferred.is_due() or len(losses) == num_steps:
-                            self._look(deferred)
-                    elif _waits_for_device(loss) and settings.get("validate") != "never":
-                        deferred = DeferredChecks(losses, self.optim)
-        except KeyboardInterrupt:
-            interrupted = True
-            if deferred is not None:
-                self._look(deferred)
-        params = {name: value.detach().clone() for name, value in PARAM_STORE.items()}
+        losses, watch = Losses(), Stopwatch()
+
+        def make_runner() -> Runner | FitsRunner:
+            if self._fits is None:
+                return Runner(self, args, kwargs, num_steps, compile, batches)
+            data = FitData(args, kwargs, fit_dims, self._fits.num_fits)
+            return FitsRunner(self._fits, data, num_steps, compile)
+
+        with explained(self, args, kwargs):
+            saving = None
+            if checkpoint is None:
+                runner = make_runner()
+            else:
+                saving = Saving(self, checkpoint, checkpoint_every, losses)
+                runner = saving.resume(make_runner, num_steps)
+                watch.skip(len(losses))
+            course = Course(
+                num_steps,
+                losses,
+                show=progress_bar,
+                is_elbo=self.elbo is not None,
+                early=EarlyStop(losses) if stop_when_converged else None,
+                saving=saving,
+                optim=self.optim if self._fits is None else None,
+            )
+            ending = course.follow(runner, watch)
+        if self._fits is not None:
+            params = self._fits.params()
+        else:
+            params = {name: value.detach().clone() for name, value in PARAM_STORE.items()}
         return SVIRunResult(
-            losses.stack(), params, interrupted, runner.native_steps, runner.obstacle
+            losses.stack(),
+            params,
+            ending.interrupted,
+            runner.native_steps,
+            runner.obstacle,
+            ending.stopped,
+            ending.timings,
+            None if self._fits is None else self._fits.skipped,
         )
+
+    def select_fit(self, fit: int) -> None:
+        """Put the parameters of one of ``num_fits`` fits into the param store.
+
+        The guide then is that fit's, for :class:`~fastsvi.infer.Predictive` and the like; the fits
+        themselves stay as they are.
+
+        Raises:
+            ConstraintError: there is no such fit, or there has been no run.
+        """
+        if self._fits is None:
+            raise ConstraintError("select_fit is for an SVI with num_fits=...; this has one fit")
+        self._fits.select(fit)
 
     # --------------------------------------------------------------------------------- internals
 
-    def _advance(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, read: bool = True) -> Any:
+    def _advance(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        read: bool = True,
+        by_counter: bool = False,
+    ) -> Any:
         """One step; returns the loss, as a scalar on its device where the loss is an ELBO.
 
-        With ``read`` the loss is read back, and the step undone if it is not finite.
+        With ``read`` the loss is read back, and the step undone if it is not finite. With
+        ``by_counter``, as in a run, all noise is that of the fit's seed and step.
         """
         self._follow_changes()
-        undo = Undo()
+        undo, done = Undo(), False
+        noise_step = 0 if self._program is None else self._program.noise.step
         try:
-            with undo:
-                loss, particles = self._accumulate(args, kwargs)
+            with explained(self, args, kwargs), undo:
+                loss, particles = self._accumulate(args, kwargs, by_counter)
                 if read:
                     self._require_finite(loss, args, kwargs, particles)
                 self.optim(self._targets.leaves)
+            done = True
         finally:
-            if undo.has_removed and self._program is not None:
-                self._program.rehearsed = False
+            if self._program is not None and not done:
+                self._program.noise.step = noise_step
+                self._program.rehearsed &= not undo.has_removed
         self._targets.zero_grad()
         return loss
 
@@ -243,25 +298,18 @@ class SVI:
         if known.model is not self.model or known.guide is not self.guide:
             self._program = self.elbo.program(self.model, self.guide)
 
-    def _accumulate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _accumulate(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], by_counter: bool = False
+    ) -> tuple[Any, Any]:
         """Add the gradient to the targets' ``grad``; returns the loss and the latent values."""
         if self.elbo is None or self._program is None:
             with poutine.trace(param_only=True) as seen:
                 loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
             self._targets.set(leaves_of(seen.trace))
             return loss, ({},)
-        estimates = self.elbo.accumulate_grads(self._program, args, kwargs)
+        estimates = self.elbo.accumulate_grads(self._program, args, kwargs, by_counter=by_counter)
         self._targets.set(all_leaves(estimates))
         return total_loss(estimates), values_of(estimates)
-
-    def _look(self, deferred: DeferredChecks) -> None:
-        step = deferred.look()
-        if step is not None:
-            raise NonFiniteError(
-                f"SVI.run: the loss of step {step} is not finite; parameters and optimizer are "
-                f"those of the last look before it. Take single steps, svi.step(...), "
-                f"from here to have the site named."
-            )
 
     def _require_finite(self, loss: Any, args: Any, kwargs: Any, particles: Any) -> None:
         if settings.get("validate") == "never":
@@ -279,11 +327,6 @@ class SVI:
         if getattr(loss, "requires_grad", False):
             loss.backward(retain_graph=True)
         return loss
-
-
-def _waits_for_device(loss: Any) -> bool:
-    """Whether reading ``loss`` would wait for an accelerator."""
-    return isinstance(loss, Tensor) and loss.device.type != "cpu"
 
 
 def _as_number(loss: Any) -> Any:

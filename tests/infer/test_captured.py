@@ -10,6 +10,7 @@ import fastsvi.distributions as dist
 from fastsvi.distributions import constraints
 from fastsvi.errors import CaptureError
 from fastsvi.infer import SVI, Trace_ELBO
+from fastsvi.infer.arguments import Arguments
 from fastsvi.infer.autoguide import AutoNormal
 from fastsvi.infer.captured import CapturedStep
 
@@ -101,8 +102,8 @@ def test_a_captured_run_equals_eager_steps(name, particles):
     eager = torch.tensor([svi.step(*args) for _ in range(50)])
     expected = values()
     svi, _ = prepared(model, args, particles)
-    captured = CapturedStep(svi, args, {})
-    captured.check(lambda: svi._advance(args, {}))
+    captured = CapturedStep(svi, Arguments(args, {}))
+    captured.check(captured.arguments, lambda: svi._advance(args, {}))
     losses = captured.run(49)
     # float32: fifty steps of some hundred operations each, and the losses have size 100.
     torch.testing.assert_close(losses, eager[1:], rtol=1e-4, atol=1e-3)
@@ -126,7 +127,7 @@ def test_every_flat_optimizer(optim):
     expected = values()
     svi, _ = prepared(schools, schools_data, 1, optim())
     torch.testing.assert_close(
-        CapturedStep(svi, schools_data, {}).run(20), eager, rtol=1e-4, atol=0
+        CapturedStep(svi, Arguments(schools_data, {})).run(20), eager, rtol=1e-4, atol=0
     )
     torch.testing.assert_close(values(), expected, rtol=1e-3, atol=1e-4)
 
@@ -144,7 +145,7 @@ def test_float64_agrees_closely():
     svi, _ = prepared(model, data, 3)
     eager = torch.tensor([svi.step(*data) for _ in range(1000)], dtype=torch.float64)
     svi, _ = prepared(model, data, 3)
-    losses = CapturedStep(svi, data, {}).run(1000)
+    losses = CapturedStep(svi, Arguments(data, {})).run(1000)
     torch.testing.assert_close(losses, eager, rtol=1e-10, atol=1e-10)
 
 
@@ -156,7 +157,7 @@ def test_a_non_finite_step_ends_the_run_and_changes_nothing():
 
     limit = torch.full((2,), 0.9)[0]
     svi, _ = prepared(model, (limit,), 1, pyro.optim.Adam({"lr": 0.05}))
-    losses = CapturedStep(svi, (limit,), {}).run(2000)
+    losses = CapturedStep(svi, Arguments((limit,), {})).run(2000)
     assert 0 < len(losses) < 2000
     assert losses.isfinite().all()
     before = values()
@@ -174,9 +175,9 @@ def test_python_state_that_changes_is_noticed():
         pyro.sample("x", dist.Normal(float(count[0]), 1.0))
 
     svi, _ = prepared(model, (), 1)
-    captured = CapturedStep(svi, (), {})
+    captured = CapturedStep(svi, Arguments((), {}))
     with pytest.raises(CaptureError, match="captured step gave another loss"):
-        captured.check(lambda: svi._advance((), {}))
+        captured.check(captured.arguments, lambda: svi._advance((), {}))
 
 
 def branching(y):
@@ -204,27 +205,19 @@ def test_what_cannot_be_captured_is_named(model, message):
     svi, _ = prepared(model, (y,), 1)
     before = values()
     with pytest.raises(CaptureError, match=message):
-        CapturedStep(svi, (y,), {})
+        CapturedStep(svi, Arguments((y,), {}))
     torch.testing.assert_close(values(), before, rtol=0, atol=0)
 
 
 def test_what_is_not_captured_yet_says_so():
     svi, _ = prepared(schools, schools_data, 1, pyro.optim.SGD({"lr": 1e-4}))
     with pytest.raises(CaptureError, match="cannot be captured"):
-        CapturedStep(svi, schools_data, {})
+        CapturedStep(svi, Arguments(schools_data, {}))
 
-    def model(y):
-        x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
-
-    def guide(y):
-        pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
-
-    pyro.clear_param_store()
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    svi.step(torch.tensor(1.0))
-    with pytest.raises(CaptureError, match="only automatic guides"):
-        CapturedStep(svi, (torch.tensor(1.0),), {})
+    svi, _ = prepared(schools, schools_data, 65)
+    svi.elbo.vectorize_particles = False
+    with pytest.raises(CaptureError, match="65 particles run one after the other"):
+        CapturedStep(svi, Arguments(schools_data, {}))
 
 
 @pytest.mark.parametrize("compile", ["auto", True])
@@ -245,17 +238,87 @@ def test_run_gives_the_same_compiled_or_not(compile):
 
 def test_a_second_run_uses_the_same_captured_step():
     svi, _ = prepared(schools, schools_data, 2)
-    svi.run(50, *schools_data, progress_bar=False, compile=True)
-    captured = svi._captured
-    again = svi.run(50, *schools_data, progress_bar=False, compile=True)
-    assert svi._captured is captured
-    assert again.native_steps == 49  # one eager step, to check against
-    other = tuple(x.clone() for x in schools_data)
-    svi.run(50, *other, progress_bar=False, compile=True)
-    captured = svi._captured
-    other[0].mul_(1.0)  # what was computed from it, such as its logarithm, is out of date
-    svi.run(50, *other, progress_bar=False, compile=True)
-    assert svi._captured is not captured
+    quietly = {"progress_bar": False, "compile": True}
+    assert svi.run(50, *schools_data, **quietly).native_steps == 49  # one to check against
+    assert svi.run(50, *schools_data, **quietly).native_steps == 50
+    assert svi._captures.count == 1
+
+
+def regression(x, y, slope=1.0):
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(x @ weight * slope, 1.0), obs=y)
+
+
+def test_arguments_that_vary_become_inputs_and_cost_one_capture():
+    def losses(compile):
+        svi, _ = prepared(regression, (rows, answers), 2, steps=1)
+        runs = []
+        for k in range(5):
+            x, slope = rows + k, 1.0 - k / 10
+            runs.append(svi.run(20, x, answers, slope=slope, progress_bar=False, compile=compile))
+        return torch.stack([run.losses for run in runs]), svi, runs
+
+    captured, svi, runs = losses(True)
+    eager, _, _ = losses(False)
+    torch.testing.assert_close(captured, eager, rtol=1e-4, atol=1e-3)
+    assert svi._captures.count == 2  # as constants, then with the two that vary as inputs
+    assert [run.native_steps for run in runs] == [19, 19, 20, 20, 20]
+
+
+def test_data_written_in_place_become_an_input():
+    x = rows.clone()
+    svi, _ = prepared(regression, (x, answers), 2, steps=1)
+    for count in (1, 2, 2, 2):
+        run = svi.run(20, x, answers, progress_bar=False, compile=True)
+        assert run.obstacle is None
+        assert svi._captures.count == count
+        x.mul_(1.5)  # what was computed from it, such as its logarithm, is out of date
+    x.div_(1.5)
+    last = svi.run(1, x, answers, progress_bar=False, compile=True).losses[0]
+    svi._program.noise.step -= 1
+    assert abs(last - svi.evaluate_loss(x, answers)) < 1e3  # of the data now, not of those before
+
+
+def test_what_varies_otherwise_is_captured_a_bounded_number_of_times():
+    svi, _ = prepared(regression, (rows, answers), 1, steps=1)
+    message = "captured 8 times already, because argument [01] changes"
+    quietly = {"progress_bar": False, "compile": True}
+    for k in range(8):
+        svi.run(3, rows[: 20 + k], answers[: 20 + k], **quietly)
+    with pytest.warns(pyro.errors.FastSVIWarning, match=message):
+        run = svi.run(3, rows[:30], answers[:30], **quietly)
+    assert svi._captures.count == 8
+    assert "argument" in run.obstacle
+
+
+def test_batches_of_two_sizes_are_captured_twice():
+    data = torch.utils.data.TensorDataset(rows, answers)
+    loader = torch.utils.data.DataLoader(data, batch_size=16)  # 16, 16 and 8
+
+    def losses(compile):
+        svi, _ = prepared(regression, (rows, answers), 1, steps=1)
+        run = svi.run(60, batches=loader, slope=0.9, progress_bar=False, compile=compile)
+        return run, svi
+
+    run, svi = losses(True)
+    assert svi._captures.count == 2
+    assert run.native_steps == 60 - 2  # one of each to check against
+    torch.testing.assert_close(run.losses, losses(False)[0].losses, rtol=1e-4, atol=1e-3)
+
+
+def test_a_bad_batch_is_named_and_those_before_it_count():
+    bad = answers.clone()
+    bad[3] = torch.nan
+    batches = [(rows, answers)] * 40 + [(rows, bad)]
+    svi, _ = prepared(regression, (rows, answers), 1, steps=1)
+    with pytest.raises(pyro.errors.NonFiniteError, match="'y'"):
+        svi.run(60, batches=batches, progress_bar=False, compile=True)
+    assert svi._program.noise.step == 1 + 40
+    after = values()
+    svi, _ = prepared(regression, (rows, answers), 1, steps=1)
+    svi.run(40, batches=batches[:40], progress_bar=False, compile=True)
+    torch.testing.assert_close(after, values(), rtol=1e-4, atol=1e-5)
 
 
 def test_run_names_what_keeps_it_eager():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import transforms
 
-from fastsvi.engine.noise import NoiseStream
+from fastsvi.engine.noise import NoiseStream, RecordedNoise
 from fastsvi.kernels import normal
 from fastsvi.params.buffer import Buffer
 from fastsvi.poutine.runtime import PARAM_STORE
@@ -148,14 +148,17 @@ class FusedNormal:
         self._grads = [_UNBOUND] * len(self.leaves)
         return buffer
 
-    def draw(self, num_particles: int, stream: NoiseStream) -> tuple[dict[str, Tensor], Tensor]:
-        """Constrained values by site name, and log q of them.
+    def draw(
+        self, num_particles: int, stream: NoiseStream | RecordedNoise, first: int = 0
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Constrained values by site name, and log q of them, for the particles from ``first`` on.
 
         With one particle values have the shape of their sites, and log q is a scalar; with more
         both have a leading particle axis.
         """
         loc = self._loc
-        key, origin, noise = stream.next(num_particles, self.num_elements, loc.dtype, loc.device)
+        elements, device = self.num_elements, loc.device
+        key, origin, noise = stream.draw(num_particles, elements, loc.dtype, device, first)
         z, log_q = normal.sample(
             loc, self._raw_scale, key, origin, num_particles, self.scale_map, noise=noise
         )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsvi.distributions import transform_to
+from fastsvi.distributions import noise, transform_to
 from fastsvi.errors import ShapeError, SiteError, describe
 from fastsvi.poutine import Messenger
 from fastsvi.poutine.util import site_is_subsample
@@ -102,7 +102,11 @@ def init_to_uniform(site: Any = None, radius: float = 2.0) -> Any:
         except NotImplementedError:  # an improper prior
             unconstrained = torch.zeros(transform.inverse_shape(fn.shape()))
         if radius:
-            unconstrained.uniform_(-radius, radius)
+            if noise.current_source() is None:
+                unconstrained.uniform_(-radius, radius)
+            else:  # for many fits at once, each with its own
+                u = noise.uniform(unconstrained.shape, unconstrained.dtype, unconstrained.device)
+                unconstrained = (2 * u - 1) * radius
         return transform(unconstrained)
 
 

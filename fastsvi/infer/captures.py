@@ -1,0 +1,76 @@
+"""The captured steps of a fit, and when to capture another one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastsvi.errors import CaptureError
+from fastsvi.infer.arguments import Arguments, can_be_lifted
+from fastsvi.infer.captured import CapturedStep
+
+if TYPE_CHECKING:
+    from fastsvi.infer.svi import SVI
+
+# Every form of the arguments costs a capture, a second or so. From here on something is wrong.
+_MAX_CAPTURES = 8
+
+
+class TooManyCaptures(CaptureError):
+    """Something changes from run to run that costs a capture each time."""
+
+
+class Captures:
+    """The captured steps of ``svi``, by the form of their arguments.
+
+    Attributes:
+        count: how many times a step was captured.
+    """
+
+    def __init__(self, svi: SVI) -> None:
+        self._svi = svi
+        self._steps: list[CapturedStep] = []
+        self.count = 0
+        self._latest: Arguments | None = None  # at the latest capture
+        self._lifted: frozenset[int] = frozenset()  # what has varied since
+        self._changed = "the layout of the parameters or the optimizer"
+
+    def find(self, arguments: Arguments) -> CapturedStep | None:
+        """The step that serves these arguments, if there is one."""
+        self._steps = [step for step in self._steps if step.is_current()]
+        return next((step for step in self._steps if step.accepts(arguments)), None)
+
+    def capture(self, arguments: Arguments, lifted: frozenset[int] = frozenset()) -> CapturedStep:
+        """Capture a step for these arguments, with ``lifted`` and those that varied as inputs.
+
+        Raises:
+            CaptureError: the step cannot be captured, or was too often.
+        """
+        self._lifted = lifted = lifted | self._varied(arguments)
+        if self.count >= _MAX_CAPTURES:
+            raise TooManyCaptures(
+                f"the step has been captured {self.count} times already, because "
+                f"{self._changed} changes from run to run. Tensors of one shape and floats may "
+                "vary; for what varies otherwise, use SVIs of their own, or compile=False"
+            )
+        self.count += 1
+        step = CapturedStep(self._svi, arguments, sorted(lifted))
+        self._steps.append(step)
+        return step
+
+    def forget(self, step: CapturedStep) -> None:
+        """Use a step no more."""
+        self._steps = [kept for kept in self._steps if kept is not step]
+
+    def _varied(self, arguments: Arguments) -> frozenset[int]:
+        """Positions of the arguments that have been others, or were written to, at a capture."""
+        latest, self._latest = self._latest, arguments
+        if latest is None:
+            return frozenset()
+        if not arguments.has_form_of(latest):
+            self._changed, self._lifted = "the number of arguments", frozenset()
+            return frozenset()
+        differing = arguments.differing(latest)
+        if differing:
+            self._changed = arguments.name(differing[-1])
+        self._lifted |= {k for k in differing if can_be_lifted(arguments.leaves[k])}
+        return self._lifted
