@@ -166,7 +166,7 @@ class FlatAdam:
         options = member.options
         require_in_range(options, f"options of parameter '{member.name}'")
         member.rule = self.family.rule(options, member.clips)
-        if options["lr"] is not member.shown_lr:
+        if not _is_same(options["lr"], member.shown_lr):
             decay = 1.0 if member.lrd == 1.0 else member.lrd ** float(self._step_of(member))
             member.shown_lr = options["lr"]
             member.lr = options["lr"] / decay if decay != 1.0 else options["lr"]
@@ -424,6 +424,13 @@ def _joins(before: _Member | None, after: _Member | None) -> bool:
         return before is after
     # A norm is clipped for each parameter, so those stay apart.
     return before.key == after.key and before.rule.clip_norm is None
+
+
+def _is_same(rate: float | Tensor, other: float | Tensor) -> bool:
+    """Whether two learning rates are one; tensors are not read."""
+    if isinstance(rate, Tensor) or isinstance(other, Tensor):
+        return rate is other
+    return rate == other
 
 
 def _common(values: Sequence[Any]) -> Any:
