@@ -103,6 +103,8 @@ def assess(losses: Tensor) -> Verdict:
 class EarlyStop:
     """Says when a run may end. Each look costs a pass over the losses, so looks become rarer.
 
+    The looks come at fixed numbers of steps, so that it ends at the same step each time.
+
     Args:
         losses: of the run, appended to as it goes.
 
@@ -112,22 +114,34 @@ class EarlyStop:
 
     def __init__(self, losses: Losses) -> None:
         self._losses = losses
-        self.next_look = max(_MIN_STEPS, int(_LOOKS_APART * len(losses)))
+        self.next_look = _MIN_STEPS
         self._latest: Tensor | None = None  # which fits were flat at the latest look
         self._done: Tensor | None = None  # which have been so at two looks in a row
 
-    def is_reached(self) -> bool:
-        """Whether the fit, or each of the fits, has been found flat at two looks in a row."""
+    @property
+    def done(self) -> Tensor | None:
+        """Which fits have been found flat at two looks in a row, bool ``[F]``; None before any."""
+        return self._done
+
+    def is_reached(self, hopeless: Tensor | None = None) -> bool:
+        """Whether each fit is done, or one of those that are ``hopeless``, bool ``[F]``."""
         if len(self._losses) < self.next_look:
             return False
-        self.next_look = int(_LOOKS_APART * len(self._losses)) + 1
-        verdict = assess(self._losses.stack())
+        losses = self._losses.stack()
+        while self.next_look <= len(losses):  # also what an earlier process would have seen
+            self._look(losses[: self.next_look])
+            self.next_look = int(_LOOKS_APART * self.next_look)
+        if self._done is None:
+            return False
+        return bool((self._done if hopeless is None else self._done | hopeless).all())
+
+    def _look(self, losses: Tensor) -> None:
+        verdict = assess(losses)
         flat = torch.tensor([verdict.converged]) if verdict.fits is None else verdict.fits
         if self._latest is None or self._done is None:
             self._latest = self._done = torch.zeros_like(flat)
         self._done = self._done | (flat & self._latest)
         self._latest = flat
-        return bool(self._done.all())
 
 
 class _Findings(NamedTuple):

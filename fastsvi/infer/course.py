@@ -22,11 +22,18 @@ class Steps(Protocol):
     """Takes the steps of a run.
 
     Attributes:
+        most: how many steps may be taken at once.
         capture_seconds, compile_seconds: what capturing and compiling the step took so far.
+        hopeless: which of several fits have failed for good, bool ``[F]``; None for a single one.
     """
 
+    most: int
     capture_seconds: float
     compile_seconds: float
+    hopeless: Tensor | None
+
+    def retire(self, fits: Tensor) -> None:
+        """Take no more steps with these of several fits, bool ``[F]``."""
 
     def advance(self, losses: Losses, *, read: bool = True) -> Any:
         """Take one or more steps, append their losses and return the last."""
@@ -81,11 +88,13 @@ class Course:
         interrupts, stopped = Interrupts(), False
         try:
             with interrupts, self._bar as going:
-                for _ in going:
+                for done in going:
+                    if self._early is not None:
+                        steps.most = max(1, self._early.next_look - done)
                     loss = steps.advance(self._losses, read=self._deferred is None)
                     watch.lap(len(self._losses))
                     self._attend(loss, steps)
-                    stopped = self._early is not None and self._early.is_reached()
+                    stopped = self._has_converged(steps)
                     if stopped or interrupts.noted:
                         break
         except KeyboardInterrupt:
@@ -94,6 +103,15 @@ class Course:
             self._end()  # whatever happened: a step that failed has changed nothing
         timings = watch.stop(len(self._losses), steps.capture_seconds, steps.compile_seconds)
         return Ending(interrupts.noted, stopped, timings)
+
+    def _has_converged(self, steps: Steps) -> bool:
+        early = self._early
+        if early is None:
+            return False
+        reached = early.is_reached(steps.hopeless)
+        if early.done is not None and steps.hopeless is not None:
+            steps.retire(early.done)
+        return reached
 
     def _attend(self, loss: Any, steps: Any) -> None:
         saving = self._saving

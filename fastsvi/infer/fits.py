@@ -64,6 +64,7 @@ class Fits:
         self._native: NativeStep | None = None
         self._replay: ReplayStep | None = None
         self._rows: list[list[Tensor]] = []
+        self._failed_in_a_row = torch.zeros(num_fits, dtype=torch.int64)
         self._step = 0
         self._is_native = False  # whether native steps were asked for
         self.obstacle: str | None = None
@@ -132,7 +133,6 @@ class Fits:
             if rows is not None:
                 flat[:, segment.slice] = rows.reshape(count, -1).to(flat)
         origin[:, 3] = torch.arange(self.first_fit, self.first_fit + count, device=device)
-        self._failed_in_a_row = torch.zeros(count, dtype=torch.int64)
 
     def _check(self, pure: PureStep, arguments: Any) -> None:
         """Compare a captured with an eager step of the example, and take both back."""
@@ -162,7 +162,9 @@ class Fits:
         return loss
 
     def _take(self, data: FitData) -> None:
-        """Use the arguments in ``data`` from here on."""
+        """Use the arguments in ``data`` from here on, with all fits."""
+        self.active = torch.ones(self.num_fits, dtype=torch.bool)
+        self._failed_in_a_row = torch.zeros(self.num_fits, dtype=torch.int64)
         self._slices = data.slices()
         self._rows = [
             [*(t[fit] for t in self._state), *(t[fit] for t in self._slices)]
@@ -236,12 +238,19 @@ class Fits:
             found, halts = replay.step(self._state, inputs)
             losses[:, step] = torch.where(halts, torch.nan, found)
             self._state[-1][:, 1] = self._step + step + 1
+            failed = halts.to(self._failed_in_a_row.device)
+            self._failed_in_a_row = torch.where(failed, self._failed_in_a_row + 1, 0)
         for tensor, rows in zip(self._state, kept, strict=False):
             tensor[stopped] = rows
         if len(stopped):
             losses[stopped] = torch.nan
 
     # ------------------------------------------------------------------------------------ results
+
+    @property
+    def hopeless(self) -> Tensor:
+        """Which fits have failed so many steps in a row that they are not run any more."""
+        return self._failed_in_a_row >= _HOPELESS
 
     @property
     def is_native(self) -> bool:

@@ -31,6 +31,7 @@ class FitsRunner:
 
     def __init__(self, fits: Fits, data: FitData, num_steps: int, compile: Any) -> None:
         self.native_steps = 0
+        self.most = num_steps
         self.capture_seconds = self.compile_seconds = 0.0
         self.fits = fits
         try:
@@ -59,12 +60,21 @@ class FitsRunner:
         self._remaining -= done
         return None
 
+    @property
+    def hopeless(self) -> Tensor:
+        """Fits whose steps fail again and again, bool ``[F]``."""
+        return self.fits.hopeless
+
+    def retire(self, fits: Tensor) -> None:
+        """Take no more steps with these fits, bool ``[F]``; their further losses are NaN."""
+        self.fits.active &= ~fits.to(self.fits.active.device)
+
     def take_up(self) -> None:
         """Native steps are ready and checked from the beginning."""
 
     def advance(self, losses: Losses, *, read: bool = True) -> Tensor:
         """Take some steps, append their losses and return the last, ``[F]``."""
-        steps = min(self._chunk, self._remaining)
+        steps = min(self._chunk, self._remaining, self.most)
         start = time.perf_counter()
         found = self.fits.run(steps)
         seconds = time.perf_counter() - start

@@ -51,6 +51,7 @@ class Runner:
     Attributes:
         obstacle: why the steps are taken eagerly; None if they are not, or might not be.
         native_steps: steps taken in native form so far.
+        most: how many steps may be taken at once.
         capture_seconds, compile_seconds: what capturing and compiling took.
     """
 
@@ -67,8 +68,10 @@ class Runner:
         self.compile = compile
         self.obstacle = None if compile else "compile=False"
         self.native_steps = 0
+        self.most = num_steps
         self.capture_seconds = 0.0
         self.compile_seconds = 0.0
+        self.hopeless = None  # these are the steps of one fit
         self._batches = None if batches is None else Batches(batches, args, kwargs)
         self._shared = args, kwargs
         self._arguments = Arguments(args, kwargs)
@@ -116,6 +119,9 @@ class Runner:
                 self._batches.next()
             self._arguments = self._batches.peek()
         return self._arguments
+
+    def retire(self, fits: Tensor) -> None:
+        """Of one fit there is none to leave out."""
 
     def take_up(self) -> None:
         """Have native steps ready and checked; parameters, optimizer and noise stay as they are."""
@@ -233,7 +239,7 @@ class Runner:
             except CaptureError as error:
                 self._give_up(error)
                 return self._advance_eagerly().reshape(1)
-        steps = min(self._chunk, self._remaining)
+        steps = min(self._chunk, self._remaining, self.most)
         start = time.perf_counter()
         if self._batches is None:
             losses = step.run(steps, self._arguments)

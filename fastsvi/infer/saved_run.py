@@ -89,7 +89,7 @@ class SavedRun(NamedTuple):
             and isinstance(optimizer, dict)
             and (run.get("seed") is None or program_data.is_seed(run["seed"]))
             and (noise is None or _are_counts(noise))
-            and generator in tensors
+            and _is_generator(tensors.get(generator))
         )
         if not is_sound or losses is None:
             raise refuse(path, "what it says of the run is malformed", _DAMAGED)
@@ -124,6 +124,12 @@ class SavedRun(NamedTuple):
                     f"{tuple(value.shape)} there and {tuple(leaf.shape)} in the param store; clear "
                     "the store, or give another path"
                 )
+
+
+def _is_generator(state: Tensor | None) -> bool:
+    if state is None or state.dtype != torch.uint8:
+        return False
+    return state.shape == torch.get_rng_state().shape
 
 
 def _are_counts(noise: Any) -> bool:

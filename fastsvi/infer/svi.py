@@ -178,8 +178,8 @@ class SVI:
                 looks in a row; see :mod:`fastsvi.infer.convergence`.
             checkpoint: path of a file that is written as the run goes on, at its end and on Ctrl-C.
                 Where the file exists, the run goes on from it, in this process or in another one,
-                with the losses and parameters of a run that was never interrupted, and all
-                ``num_steps`` losses are returned. (``batches`` must then come in the same order.
+                with the losses and parameters of a run that was never interrupted; ``num_steps``
+                counts the steps in the file, whose losses are returned with the others. (``batches`` must then come in the same order.
                 Not in the file: buffers of modules, such as running means, and Python state.)
             checkpoint_every: seconds between two writes.
             args, kwargs: arguments of model and guide.
@@ -208,7 +208,14 @@ class SVI:
 
         def make_runner() -> Runner | FitsRunner:
             if self._fits is None:
+                if fit_dims is not None:
+                    raise ConstraintError("fit_dims is for an SVI with num_fits=...")
                 return Runner(self, args, kwargs, num_steps, compile, batches)
+            if batches is not None:
+                raise ConstraintError(
+                    "batches are for one fit; with num_fits=... a plate with subsample_size shows "
+                    "each fit its own random batches"
+                )
             data = FitData(args, kwargs, fit_dims, self._fits.num_fits)
             return FitsRunner(self._fits, data, num_steps, compile)
 

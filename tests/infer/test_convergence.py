@@ -193,17 +193,46 @@ def schools(sigma, y):
         fastsvi.sample("obs", dist.Normal(mu + tau * effect, sigma), obs=y)
 
 
-@pytest.mark.slow
-def test_eight_schools():
-    data = (
-        torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]),
-        torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]),
-    )
+SCHOOLS = (
+    torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]),
+    torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]),
+)
+
+
+def fit_schools(**options):
+    fastsvi.clear_param_store()
     elbo = Trace_ELBO(num_particles=8, vectorize_particles=True)
-    svi = SVI(schools, AutoNormal(schools), fastsvi.optim.Adam({"lr": 0.02}), elbo, seed=1)
-    run = svi.run(10_000, *data, progress_bar=False, stop_when_converged=True)
-    assert run.converged
-    assert 500 < len(run.losses) < 10_000
-    assert f"{len(run.losses)} steps" in repr(run)
-    early = svi.run(10, *data, progress_bar=False)
-    assert "too few" in early.converged.evidence
+    optim = fastsvi.optim.Adam({"lr": 0.02})
+    return SVI(schools, AutoNormal(schools), optim, elbo, seed=1, **options)
+
+
+@pytest.mark.slow
+def test_eight_schools(tmp_path):
+    def run(steps, **options):
+        return fit_schools().run(
+            steps, *SCHOOLS, progress_bar=False, compile=True, stop_when_converged=True, **options
+        )
+
+    found = run(10_000)
+    assert found.stopped
+    assert found.converged
+    assert 500 < len(found.losses) < 10_000
+    assert f"{len(found.losses)} steps (stopped, converged)" in repr(found)
+    path = tmp_path / "fit.ckpt"
+    assert not run(1000, checkpoint=path).stopped
+    again = run(10_000, checkpoint=path)
+    assert torch.equal(again.losses, found.losses), "it ends at the same step, taken up or not"
+    assert "too few" in run(10).converged.evidence
+
+
+@pytest.mark.slow
+def test_several_fits_stop_when_the_last_has_converged():
+    single = fit_schools().run(
+        10_000, *SCHOOLS, progress_bar=False, compile=True, stop_when_converged=True
+    )
+    run = fit_schools(num_fits=2).run(
+        10_000, *SCHOOLS, progress_bar=False, compile=True, stop_when_converged=True
+    )
+    assert run.stopped
+    assert len(single.losses) <= len(run.losses) < 10_000
+    assert run.converged.fits.shape == (2,)

@@ -167,3 +167,27 @@ def test_what_cannot_be_captured_is_refused_with_the_statement():
 def test_bad_numbers_of_fits_are_refused(options):
     with pytest.raises(ConstraintError, match="must be an integer >="):
         fitted(**{"num_fits": 2, **options})
+
+
+def test_fits_that_have_converged_are_left_alone_and_the_run_ends():
+    bad = ys.clone()
+    bad[2] = torch.nan
+    svi, _ = fitted(y=bad, steps=1)
+    run = svi.run(
+        20_000, xs, bad, fit_dims=(0, 0), stop_when_converged=True, progress_bar=False, compile=True
+    )
+    assert run.stopped
+    assert len(run.losses) < 20_000
+    last = run.losses.isfinite().sum(0)
+    assert last[2] == 0  # hopeless, and no reason to go on
+    assert len(set(last[[0, 1, 3, 4]].tolist())) > 1  # each ended at a look of its own
+    assert (last >= 200)[[0, 1, 3, 4]].all()
+    # All are run again, from where they stand, when asked.
+    again = svi.run(5, xs, ys, fit_dims=(0, 0), progress_bar=False, compile=True)
+    assert again.losses.isfinite().all()
+
+
+def test_batches_and_fits_do_not_go_together():
+    svi, _ = fitted(steps=1)
+    with pytest.raises(ConstraintError, match="batches"):
+        svi.run(5, batches=[(xs, ys)], progress_bar=False)

@@ -25,6 +25,8 @@ class Trace_ELBO(ELBO):
     Sources: Wingate and Weber, "Automated variational inference in probabilistic programming",
     2013; Ranganath, Gerrish and Blei, "Black box variational inference", AISTATS 2014.
 
+    The arguments are those of :class:`ELBO`: particles, all at once or in chunks.
+
     >>> import fastsvi as pyro, fastsvi.distributions as dist
     >>> def model():
     ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
