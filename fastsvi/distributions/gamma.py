@@ -17,6 +17,7 @@ from fastsvi.distributions.elementwise import (
     minus_product,
     parameter,
 )
+from fastsvi.distributions.gamma_noise import dirichlet_draw, log_gamma_draw, source_for
 from fastsvi.distributions.noise import dirichlet, exponential
 from fastsvi.distributions.torch_distribution import TorchDistribution
 from fastsvi.distributions.util import SCALAR, Shape
@@ -46,6 +47,10 @@ class Gamma(Elementwise, torch.distributions.Gamma, TorchDistribution):
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw with gradients to both parameters, shape ``sample_shape + batch_shape``."""
         shape = self._size(sample_shape)
+        source = source_for(shape)
+        if source is not None:
+            value = log_gamma_draw(self.concentration.expand(shape), source).exp() / self._rate
+            return value.clamp(min=torch.finfo(value.dtype).tiny)
         value = torch._standard_gamma(self.concentration.expand(shape)) / self._rate
         # Small concentrations underflow to 0, where the density is infinite. (clamp_ has no rule
         # for vmap; the gradient is not clamped.)
@@ -118,6 +123,9 @@ class Dirichlet(Lenient, torch.distributions.Dirichlet, TorchDistribution):
     def rsample(self, sample_shape: Shape = SCALAR) -> Tensor:
         """A draw with gradients to ``concentration``, ``sample_shape + batch_shape + (K,)``."""
         shape = self._extended_shape(torch.Size(sample_shape))
+        source = source_for(shape)
+        if source is not None:
+            return dirichlet_draw(self.concentration.expand(shape), source)
         return dirichlet(self.concentration.expand(shape))
 
     @classmethod

@@ -16,6 +16,7 @@ from fastsvi.distributions.torch_distribution import (
     Independent,
     MaskedDistribution,
 )
+from fastsvi.distributions.torch_families import InverseGamma
 from fastsvi.distributions.util import scale_and_mask, sum_rightmost
 
 __all__ = ["kl_divergence", "register_kl"]
@@ -45,6 +46,12 @@ def _kl_independent_mvn(p: Independent, q: MultivariateNormal) -> Tensor:
         entropy = 0.5 * dim * (1 + math.log(2 * math.pi)) + base.scale.log().sum(-1)
         return spread - entropy - q.log_prob(base.loc)
     raise NotImplementedError(f"no KL divergence from {p!r} to a MultivariateNormal")
+
+
+@register_kl(InverseGamma, InverseGamma)
+def _kl_inverse_gamma(p: InverseGamma, q: InverseGamma) -> Tensor:
+    # torch's rule for transformed distributions looks at the exponents, which are -1 in both.
+    return kl_divergence(p.base_dist, q.base_dist)
 
 
 @register_kl(MaskedDistribution, MaskedDistribution)

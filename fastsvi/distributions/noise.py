@@ -7,8 +7,9 @@ refuses. And they draw from a generator, whose numbers depend on all that was dr
 So all noise comes from the functions here. Outside of :func:`drawn_from` they use torch's
 generator, with the numbers that torch's (and so Pyro's) families draw. Inside, the noise comes
 from a :class:`Source`, which the engine makes of a seed and counters. Families that are drawn by
-rejection (gamma, Poisson and their kin) use up a varying count of random numbers, which no counter
-can foresee; they stay with torch's generator.
+rejection (Poisson, binomial, von Mises) use up a varying count of random numbers, which no counter
+can foresee; they stay with torch's generator. So do very many gamma variables at once; see
+:mod:`~fastsvi.distributions.gamma_noise`.
 """
 
 from __future__ import annotations

@@ -350,6 +350,7 @@ class RecordedNoise(ProgramNoise):
     Args:
         keys: by stream, those of ``TRAINING``, ``PROGRAM`` and ``SUBSETS``, int64 ``[2]`` each.
         origin: of the step, int64 ``[4]``. Under a vmap over fits, those of consecutive ones.
+        by_kernel: leave what a guide draws all at once to the sampling kernel.
 
     >>> keys = {stream: philox.derive_key(0, stream) for stream in (TRAINING, PROGRAM, SUBSETS)}
     >>> recorded = RecordedNoise(keys, philox.make_origin(step=5))
@@ -360,10 +361,13 @@ class RecordedNoise(ProgramNoise):
     True
     """
 
-    def __init__(self, keys: Mapping[int, Tensor], origin: Tensor) -> None:
+    def __init__(
+        self, keys: Mapping[int, Tensor], origin: Tensor, *, by_kernel: bool = False
+    ) -> None:
         super().__init__()
         self._keys = keys
         self._origin = origin
+        self._by_kernel = by_kernel
 
     def draw(
         self,
@@ -375,6 +379,8 @@ class RecordedNoise(ProgramNoise):
     ) -> Draw:
         """As :meth:`NoiseStream.draw`."""
         key, origin = self._keys[TRAINING], self._at(first)
+        if self._by_kernel:
+            return Draw(key, origin, None)
         noise = normal_noise(key, origin, 0, 1, num_particles, num_elements, dtype)
         return Draw(key, origin, noise)
 

@@ -1,14 +1,15 @@
-"""The whole step of a fit as one native loop: draw, model, gradient, update.
+"""The whole step of a fit in one piece: draw, model, gradient, update.
 
-The pure step is recorded once and compiled. Before it is used it takes one step on copies, beside
-an eager step with the same noise; the two must agree. Later it is recorded again now and then: the
-recordings differ if Python state outside of the tensors has changed.
+On a CPU the pure step is recorded once and compiled, on a GPU it becomes a CUDA graph. Before it is
+used it takes one step on copies, beside an eager step with the same noise; the two must agree. A
+recorded step is recorded again now and then: the recordings differ if Python state outside of the
+tensors has changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fastsvi.engine.native import NativeStep
 from fastsvi.engine.record import Graph, record
 from fastsvi.errors import CaptureError
 from fastsvi.infer.arguments import Arguments
+from fastsvi.infer.graphed import GraphedLoop
 from fastsvi.infer.pure_step import PureStep
 from fastsvi.infer.util import checking
 
@@ -37,8 +39,27 @@ class Disagreement(CaptureError):
         self.loss = loss
 
 
+class Loop(Protocol):
+    """Takes steps in a fast form; see :class:`~fastsvi.engine.native.NativeStep`."""
+
+    def build(self) -> None:
+        """Make the fast form ready."""
+
+    def run(
+        self,
+        num_steps: int,
+        *,
+        state: Sequence[Tensor] | None = None,
+        inputs: Sequence[Tensor] | None = None,
+        stepped: Collection[int] = (),
+    ) -> Tensor:
+        """Take steps; returns their losses."""
+
+
 class CapturedStep:
-    """A step of ``svi`` in native form, for its arguments and all others that differ in ``lifted``.
+    """A step of ``svi`` in the fast form of its device.
+
+    It serves its arguments, and all others that differ from them in ``lifted`` alone.
 
     Args:
         svi: has taken a step, so that all parameters exist.
@@ -54,12 +75,23 @@ class CapturedStep:
         self.lifted = frozenset(lifted)
         self.pure = PureStep(svi, arguments, sorted(lifted))
         self.is_checked = False
-        if self.pure.buffer.device.type != "cpu":
-            raise CaptureError("native steps run on the CPU")
+        self.loop, self.graph = self._loop(self.pure)
+
+    def _loop(self, pure: PureStep) -> tuple[Loop, Graph | None]:
+        """The steps in the fast form of their device, and their recording if that has one."""
+        kind = pure.buffer.device.type
+        if kind == "cuda":
+            return GraphedLoop(pure), None
+        if kind != "cpu":
+            raise CaptureError(f"there is no fast form of steps on {pure.buffer.device}")
         with checking(False):
-            self.native = NativeStep(
-                self.pure, self.pure.state, self.pure.inputs, self.pure.aliases
-            )
+            native = NativeStep(pure, pure.state, pure.inputs, pure.aliases)
+        return native, native.graph
+
+    @property
+    def builds_aside(self) -> bool:
+        """Whether the fast form can be built in a thread while eager steps go on."""
+        return self.graph is not None
 
     # ------------------------------------------------------------------------------- is it right
 
@@ -73,7 +105,7 @@ class CapturedStep:
             arguments.has_form_of(self.arguments)
             and self.lifted.issuperset(arguments.differing(self.arguments))
             and self.pure.lifted.accept(arguments)
-            and self.native.graph.is_current()
+            and (self.graph is None or self.graph.is_current())
         )
 
     def check(self, arguments: Arguments, take_step: Callable[[], Tensor]) -> Tensor:
@@ -82,9 +114,7 @@ class CapturedStep:
         Raises:
             Disagreement: with the loss of the eager step, which has been taken.
         """
-        loss = compare(
-            self.pure, arguments, lambda state: self.native.run(1, state=state), take_step
-        )
+        loss = compare(self.pure, arguments, lambda state: self.loop.run(1, state=state), take_step)
         self.is_checked = True
         return loss
 
@@ -94,6 +124,8 @@ class CapturedStep:
         Raises:
             CaptureError: they differ; the message names the statement.
         """
+        if self.graph is None:
+            return
         with checking(False):
             anew = record(self.pure, [*self.pure.state, *self.pure.inputs], self.pure.aliases)
         difference = self.graph.difference(anew)
@@ -104,17 +136,12 @@ class CapturedStep:
                 "where a float may vary"
             )
 
-    @property
-    def graph(self) -> Graph:
-        """The recorded step."""
-        return self.native.graph
-
     # ----------------------------------------------------------------------------------- running
 
     def run(self, num_steps: int, arguments: Arguments | None = None) -> Tensor:
         """Take steps; returns their losses, fewer than asked for if one was not finite."""
         self.pure.begin(arguments or self.arguments)
-        losses = self.native.run(num_steps)
+        losses = self.loop.run(num_steps)
         self.pure.advance(len(losses))
         return losses
 
@@ -127,7 +154,7 @@ class CapturedStep:
         num_others = len(pure.inputs) - len(pure.lifted.tensors)
         inputs = [*pure.inputs[:num_others], *pure.lifted.stacked(batches)]
         stepped = range(num_others, len(inputs))
-        losses = self.native.run(len(batches), inputs=inputs, stepped=stepped)
+        losses = self.loop.run(len(batches), inputs=inputs, stepped=stepped)
         pure.advance(len(losses))
         return losses
 

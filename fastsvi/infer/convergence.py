@@ -72,32 +72,48 @@ class Verdict:
         return self.converged
 
 
-def assess(losses: Tensor) -> Verdict:
+def assess(losses: Tensor, ends: Tensor | None = None) -> Verdict:
     """The verdict on the losses of a run, ``[steps]``, or ``[steps, F]`` of ``F`` fits.
 
     The cost is a few passes over the losses, which are read where they lie; then it synchronises.
+
+    Args:
+        losses: those of all steps.
+        ends: of several fits, how many of the losses belong to each, int64 ``[F]``; by default all.
     """
-    several = losses.dim() == 2
-    columns = losses.detach() if several else losses.detach().unsqueeze(1)
-    if not columns.is_floating_point():
-        columns = columns.double()
-    if len(losses) < _MIN_STEPS:
-        evidence = f"too few steps to tell: {len(losses)}, and it takes at least {_MIN_STEPS}"
-        fits = torch.zeros(columns.shape[1], dtype=torch.bool) if several else None
-        return Verdict(False, evidence, None, fits)
-    found = _Findings.of(columns)
-    verdicts = found.converged.tolist()
-    if not several:
-        step = int(found.since[0]) if verdicts[0] else None
-        return Verdict(verdicts[0], found.describe(0), step)
-    failing = [fit for fit, converged in enumerate(verdicts) if not converged]
-    if not failing:
-        step = int(found.since.max()) if verdicts else None
-        return Verdict(True, f"all {len(verdicts)} fits have converged", step, found.converged)
-    named = "; ".join(f"fit {fit}: {found.describe(fit)}" for fit in failing[:_MAX_NAMED])
-    more = "; ..." if len(failing) > _MAX_NAMED else ""
-    evidence = f"{len(failing)} of {len(verdicts)} fits have not converged: {named}{more}"
-    return Verdict(False, evidence, None, found.converged)
+    losses = losses.detach()
+    if not losses.is_floating_point():
+        losses = losses.double()
+    if losses.dim() == 1:
+        if len(losses) < _MIN_STEPS:
+            return Verdict(False, _too_few(len(losses)))
+        found = _Findings.of(losses.unsqueeze(1))
+        converged = bool(found.converged[0])
+        return Verdict(converged, found.describe(0), int(found.since[0]) if converged else None)
+    count = losses.shape[1]
+    if ends is None:
+        ends = torch.full((count,), len(losses))
+    fits, latest, reasons = torch.zeros(count, dtype=torch.bool), 0, {}
+    for end in ends.cpu().unique().tolist():
+        members = (ends.cpu() == end).nonzero().flatten()
+        if end < _MIN_STEPS:
+            reasons.update({fit: _too_few(end) for fit in members.tolist()})
+            continue
+        found = _Findings.of(losses[:end, members.to(losses.device)])
+        fits[members] = found.converged
+        latest = max([latest, *found.since[found.converged].tolist()])
+        failing = found.converged.logical_not().nonzero().flatten().tolist()
+        reasons.update({int(members[k]): found.describe(k) for k in failing})
+    if not reasons:
+        return Verdict(True, f"all {count} fits have converged", latest, fits)
+    named = [f"fit {fit}: {reasons[fit]}" for fit in sorted(reasons)[:_MAX_NAMED]]
+    more = ["..."] if len(reasons) > _MAX_NAMED else []
+    evidence = f"{len(reasons)} of {count} fits have not converged: {'; '.join(named + more)}"
+    return Verdict(False, evidence, None, fits)
+
+
+def _too_few(steps: int) -> str:
+    return f"too few steps to tell: {steps}, and it takes at least {_MIN_STEPS}"
 
 
 class EarlyStop:
@@ -117,11 +133,18 @@ class EarlyStop:
         self.next_look = _MIN_STEPS
         self._latest: Tensor | None = None  # which fits were flat at the latest look
         self._done: Tensor | None = None  # which have been so at two looks in a row
+        self._ends = torch.zeros(0, dtype=torch.int64)  # at how many steps that was
 
     @property
     def done(self) -> Tensor | None:
         """Which fits have been found flat at two looks in a row, bool ``[F]``; None before any."""
         return self._done
+
+    def ends(self, num_steps: int) -> Tensor | None:
+        """At how many of ``num_steps`` steps each fit was done, int64 ``[F]``, or at all."""
+        if self._done is None:
+            return None
+        return torch.where(self._done, self._ends, num_steps)
 
     def is_reached(self, hopeless: Tensor | None = None) -> bool:
         """Whether each fit is done, or one of those that are ``hopeless``, bool ``[F]``."""
@@ -140,7 +163,10 @@ class EarlyStop:
         flat = torch.tensor([verdict.converged]) if verdict.fits is None else verdict.fits
         if self._latest is None or self._done is None:
             self._latest = self._done = torch.zeros_like(flat)
-        self._done = self._done | (flat & self._latest)
+            self._ends = torch.zeros(len(flat), dtype=torch.int64)
+        newly = flat & self._latest & ~self._done
+        self._ends = torch.where(newly, len(losses), self._ends)
+        self._done = self._done | newly
         self._latest = flat
 
 

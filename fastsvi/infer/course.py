@@ -24,13 +24,15 @@ class Steps(Protocol):
     Attributes:
         most: how many steps may be taken at once.
         capture_seconds, compile_seconds: what capturing and compiling the step took so far.
-        hopeless: which of several fits have failed for good, bool ``[F]``; None for a single one.
     """
 
     most: int
     capture_seconds: float
     compile_seconds: float
-    hopeless: Tensor | None
+
+    @property
+    def hopeless(self) -> Tensor | None:
+        """Which of several fits have failed for good, bool ``[F]``; None for a single one."""
 
     def retire(self, fits: Tensor) -> None:
         """Take no more steps with these of several fits, bool ``[F]``."""
@@ -45,6 +47,7 @@ class Ending(NamedTuple):
     interrupted: bool
     stopped: bool
     timings: Timings
+    ends: Tensor | None  # of several fits, at how many steps each was left alone
 
 
 class Course:
@@ -101,8 +104,10 @@ class Course:
             interrupts.noted = True
         finally:
             self._end()  # whatever happened: a step that failed has changed nothing
-        timings = watch.stop(len(self._losses), steps.capture_seconds, steps.compile_seconds)
-        return Ending(interrupts.noted, stopped, timings)
+        count = len(self._losses)
+        timings = watch.stop(count, steps.capture_seconds, steps.compile_seconds)
+        ends = None if self._early is None else self._early.ends(count)
+        return Ending(interrupts.noted, stopped, timings, ends)
 
     def _has_converged(self, steps: Steps) -> bool:
         early = self._early

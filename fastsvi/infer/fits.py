@@ -8,12 +8,14 @@ stays there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastsvi.engine import cuda_graph
 from fastsvi.engine.native import NativeStep
 from fastsvi.engine.record import Graph, record
 from fastsvi.engine.replay import ReplayStep, replay
@@ -23,6 +25,7 @@ from fastsvi.infer.fit_data import FitData
 from fastsvi.infer.initial_values import initial_values
 from fastsvi.infer.pure_step import PureStep
 from fastsvi.infer.util import checking
+from fastsvi.kernels import dispatch
 from fastsvi.poutine.runtime import PARAM_STORE
 
 if TYPE_CHECKING:
@@ -64,6 +67,7 @@ class Fits:
         self._native: NativeStep | None = None
         self._replay: ReplayStep | None = None
         self._rows: list[list[Tensor]] = []
+        self._graphed: Any = None  # on a GPU: the launch of a replayed step, and what it gives
         self._failed_in_a_row = torch.zeros(num_fits, dtype=torch.int64)
         self._step = 0
         self._is_native = False  # whether native steps were asked for
@@ -111,7 +115,8 @@ class Fits:
                     self.obstacle = str(error)
                     self._native = None
             if graph is None:
-                graph = record(pure, [*pure.state, *pure.inputs], pure.aliases)
+                with dispatch.use("torch"):  # the reference is pure, Triton's Adam writes in place
+                    graph = record(pure, [*pure.state, *pure.inputs], pure.aliases)
         num_shared = len(pure.inputs) - len(data.own)
         own = [True] * len(pure.state) + [False] * num_shared + [True] * len(data.own)
         self._replay = ReplayStep(graph, len(pure.state), own)
@@ -166,6 +171,7 @@ class Fits:
         self.active = torch.ones(self.num_fits, dtype=torch.bool)
         self._failed_in_a_row = torch.zeros(self.num_fits, dtype=torch.int64)
         self._slices = data.slices()
+        self._graphed = None
         self._rows = [
             [*(t[fit] for t in self._state), *(t[fit] for t in self._slices)]
             for fit in range(self.num_fits)
@@ -227,23 +233,51 @@ class Fits:
                     return
 
     def _run_replayed(self, losses: Tensor) -> None:
-        replay, pure = self._replay, self._pure
-        if replay is None or pure is None:
-            return
-        num_shared = len(pure.inputs) - len(self._slices)
-        inputs = [*pure.inputs[:num_shared], *self._slices]
         stopped = (~self.active).nonzero().flatten().to(losses.device)
         kept = [tensor[stopped].clone() for tensor in self._state] if len(stopped) else []
+        take = self._replayed_step()
         for step in range(losses.shape[1]):
-            found, halts = replay.step(self._state, inputs)
+            found, halts = take()
             losses[:, step] = torch.where(halts, torch.nan, found)
-            self._state[-1][:, 1] = self._step + step + 1
-            failed = halts.to(self._failed_in_a_row.device)
-            self._failed_in_a_row = torch.where(failed, self._failed_in_a_row + 1, 0)
         for tensor, rows in zip(self._state, kept, strict=False):
             tensor[stopped] = rows
         if len(stopped):
             losses[stopped] = torch.nan
+        places = torch.arange(1, losses.shape[1] + 1, device=losses.device)
+        latest = (losses.isfinite() * places).amax(1).cpu()  # the one look at the device
+        before = torch.where(latest > 0, 0, self._failed_in_a_row)
+        self._failed_in_a_row = before + losses.shape[1] - latest
+
+    def _replayed_step(self) -> Callable[[], tuple[Tensor, Tensor]]:
+        """A function that takes one step with all fits: losses ``[F]``, and which were left out."""
+        replay, pure = self._replay, self._pure
+        if replay is None or pure is None:
+            raise CaptureError("fits were run before they were prepared")
+        num_shared = len(pure.inputs) - len(self._slices)
+        inputs = [*pure.inputs[:num_shared], *self._slices]
+        outcome: list[Any] = []
+
+        def take() -> None:
+            following = self._state[-1][:, 1] + 1  # the noise goes on where a step is left out too
+            outcome[:] = replay.step(self._state, inputs)
+            self._state[-1][:, 1] = following
+
+        if pure.buffer.device.type == "cuda":
+            if self._graphed is None:
+                before = [tensor.clone() for tensor in self._state]
+                launch = cuda_graph.capture(take)  # what it returns lies in the graph's memory
+                for tensor, value in zip(self._state, before, strict=True):
+                    tensor.copy_(value)
+                self._graphed = launch, outcome
+            launch, outcome = self._graphed
+        else:
+            launch = take
+
+        def step() -> tuple[Tensor, Tensor]:
+            launch()
+            return outcome[0], outcome[1]
+
+        return step
 
     # ------------------------------------------------------------------------------------ results
 

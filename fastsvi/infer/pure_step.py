@@ -109,11 +109,29 @@ class PureStep:
         origin = torch.where(finite, origin + self._one_step, origin)
         return [*new, origin, loss, ~finite]
 
+    def take(self) -> Tensor:
+        """Take the step on the live state, in place; returns its loss.
+
+        Nothing is read back and no memory moves, so that a CUDA graph can hold it. A step that is
+        not finite is left out and counted; the noise goes on.
+        """
+        args, kwargs = self._arguments.with_leaves(self.lifted.replaced())
+        loss, surrogate, leaves = self._loss(self._keys, self.origin, args, kwargs)
+        grad = self._gradient(self.buffer.flat, surrogate, leaves)
+        with torch.no_grad():
+            self.buffer.grad.copy_(grad)
+            self.buffer.grad[:1].add_(loss * 0)  # a loss that is not finite counts as a gradient
+            self.plan.launch()
+            self.origin.add_(self._one_step)
+        return loss
+
     def _loss(
         self, keys: Sequence[Tensor], origin: Tensor, args: Any, kwargs: Any
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Loss, surrogate and the leaves that took part."""
-        noise = RecordedNoise(dict(zip(_STREAMS, keys, strict=True)), origin)
+        by_kernel = origin.device.type != "cpu" and origin is self.origin
+        streams = dict(zip(_STREAMS, keys, strict=True))
+        noise = RecordedNoise(streams, origin, by_kernel=by_kernel)
         estimates = list(
             self._elbo._estimates(self._program, args, kwargs, fast=noise, draws=noise)
         )

@@ -65,6 +65,8 @@ class SVIRunResult:
         skipped: of a run of ``F`` fits, how many steps of each were left out, since ``svi`` was
             made, because they were not finite: int64 ``[F]``. None for a run of one, which ends at
             such a step.
+        ends: of a run of ``F`` fits that ``stop_when_converged`` watched, after how many steps each
+            was left alone, int64 ``[F]``; its further losses are NaN. Else None.
     """
 
     losses: Tensor
@@ -75,6 +77,7 @@ class SVIRunResult:
     stopped: bool = False
     timings: Timings = Timings()
     skipped: Tensor | None = None
+    ends: Tensor | None = None
 
     @cached_property
     def converged(self) -> Verdict:
@@ -82,10 +85,10 @@ class SVIRunResult:
 
         True or false like a bool; see :func:`fastsvi.infer.convergence.assess`. Synchronises.
         """
-        return assess(self.losses)
+        return assess(self.losses, self.ends)
 
     def best(self) -> BestFit:
-        """The fit with the lowest loss, over the last tenth of the steps, of a run of several.
+        """The fit with the lowest loss, over the last tenth of its steps, of a run of several.
 
         Losses that are not finite do not count as low. Synchronises.
 
@@ -97,7 +100,7 @@ class SVIRunResult:
                 "best() chooses among the fits of a run with num_fits=...; this run has losses of "
                 f"shape {tuple(self.losses.shape)}"
             )
-        last = self.losses[-max(1, len(self.losses) // 10) :].double().mean(0)
+        last = self._last_tenth()
         last = torch.where(last.isfinite(), last, torch.inf)
         fit = int(last.argmin())
         if not bool(last[fit].isfinite()):
@@ -105,14 +108,23 @@ class SVIRunResult:
         params = {name: value[fit] for name, value in self.params.items()}
         return BestFit(fit, float(last[fit]), params)
 
+    def _last_tenth(self) -> Tensor:
+        """Mean of the losses over the last tenth of the steps of each fit, ``[F]`` or ``[]``."""
+        if self.ends is None:
+            return self.losses[-max(1, len(self.losses) // 10) :].double().mean(0)
+        ends = self.ends.to(self.losses.device)
+        step = torch.arange(len(self.losses), device=ends.device).unsqueeze(1)
+        is_last = (step < ends) & (step >= ends - (ends // 10).clamp(min=1))
+        return torch.where(is_last, self.losses.double(), 0.0).sum(0) / is_last.sum(0)
+
     def __repr__(self) -> str:
         steps = len(self.losses)
         fits = f" of {self.losses.shape[1]} fits" if self.losses.dim() == 2 else ""
         lines = [f"SVIRunResult: {steps} steps{fits}{self._end()}, {len(self.params)} params"]
         if steps:
-            latest = self.losses[-max(1, steps // 10) :].double()
-            mean = latest[latest.isfinite()].mean()
-            lines.append(f"loss {mean:.6g}, mean of the last {len(latest)}")
+            last = self._last_tenth()
+            where = f"mean of the last {max(1, steps // 10)}"
+            lines.append(f"loss {last[last.isfinite()].mean():.6g}, {where}")
         if self.timings.total:
             lines.append(self._pace())
         if steps:

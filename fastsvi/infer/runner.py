@@ -198,14 +198,17 @@ class Runner:
         start = time.perf_counter()
         step = self.svi._captures.capture(self._arguments, lifted)
         self.capture_seconds += time.perf_counter() - start
-        self._builder = threading.Thread(target=self._build, args=(step,), daemon=True)
-        self._builder.start()
+        if step.builds_aside:
+            self._builder = threading.Thread(target=self._build, args=(step,), daemon=True)
+            self._builder.start()
+        else:
+            self._build(step)
         return step
 
     def _build(self, step: CapturedStep) -> None:
         start = time.perf_counter()
         try:
-            step.native.build()
+            step.loop.build()
         except CaptureError as error:
             self._failure = error
         self.compile_seconds += time.perf_counter() - start

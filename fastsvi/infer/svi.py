@@ -179,8 +179,9 @@ class SVI:
             checkpoint: path of a file that is written as the run goes on, at its end and on Ctrl-C.
                 Where the file exists, the run goes on from it, in this process or in another one,
                 with the losses and parameters of a run that was never interrupted; ``num_steps``
-                counts the steps in the file, whose losses are returned with the others. (``batches`` must then come in the same order.
-                Not in the file: buffers of modules, such as running means, and Python state.)
+                counts the steps in the file, whose losses are returned with the others. Batches
+                must then come in the same order. Buffers of modules, such as running means, and
+                Python state are not in the file.
             checkpoint_every: seconds between two writes.
             args, kwargs: arguments of model and guide.
 
@@ -250,6 +251,7 @@ class SVI:
             ending.stopped,
             ending.timings,
             None if self._fits is None else self._fits.skipped,
+            None if self._fits is None else ending.ends,
         )
 
     def select_fit(self, fit: int) -> None:

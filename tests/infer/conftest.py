@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+# Test modules are imported without their folder being on the path.
+sys.path.append(str(Path(__file__).parent))
 
 
 class Programs:

@@ -140,6 +140,21 @@ def test_fits_are_judged_each_by_itself(generator):
     assert "all 2 fits" in both.evidence
 
 
+def test_fits_that_ended_before_the_others(generator):
+    losses = normal(3000, generator)[:, :4]
+    losses[1500:, 0] = math.nan  # left alone
+    losses[1500:, 1] = math.nan  # failed
+    losses[100:, 2] = math.nan
+    verdict = assess(losses, torch.tensor([1500, 3000, 100, 3000]))
+    assert verdict.fits.tolist() == [True, False, False, True]
+    assert "2 of 4 fits" in verdict.evidence
+    assert "fit 1: 1488 losses of the last 1488" in verdict.evidence
+    assert "fit 2: too few steps to tell: 100" in verdict.evidence
+    flat = assess(losses[:, [0, 3]], torch.tensor([1500, 3000]))
+    assert flat
+    assert flat.step == max(assess(losses[:1500, 0]).step, assess(losses[:, 3]).step)
+
+
 def test_a_verdict_is_true_or_false():
     assert Verdict(True, "flat", 3)
     assert not Verdict(False, "falling")
@@ -235,4 +250,6 @@ def test_several_fits_stop_when_the_last_has_converged():
     )
     assert run.stopped
     assert len(single.losses) <= len(run.losses) < 10_000
-    assert run.converged.fits.shape == (2,)
+    assert run.ends.max() == len(run.losses)
+    assert run.converged, "each is judged up to where it was left alone"
+    assert run.best().loss == pytest.approx(31.6, abs=0.3)

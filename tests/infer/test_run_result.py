@@ -95,6 +95,19 @@ def test_repr_says_what_matters():
     assert "loss 2, mean" in repr(fits)
 
 
+def test_the_best_fit_may_have_been_left_alone():
+    losses = torch.full((100, 3), 5.0)
+    losses[:, 1] = torch.linspace(9.0, 1.0, 100)
+    losses[50:, 2] = torch.nan
+    losses[45:50, 2] = 2.0
+    ends = torch.tensor([100, 100, 50])
+    run = SVIRunResult(losses, {"a": torch.arange(3.0)}, ends=ends)
+    assert run.best().fit == 1
+    losses[:, 1] = 9.0
+    best = SVIRunResult(losses, {"a": torch.arange(3.0)}, ends=ends).best()
+    assert (best.fit, best.loss, best.params["a"].item()) == (2, 2.0, 2.0)
+
+
 def test_the_verdict_is_computed_once_and_when_asked():
     run = SVIRunResult(torch.zeros(500), {})
     assert "converged" not in vars(run)

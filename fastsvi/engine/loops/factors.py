@@ -97,9 +97,7 @@ def _lu_solved(
     return _lu_applied(program, factors, pivots, b, adjoint)
 
 
-def _lu_applied(
-    program: Program, factors: Value, pivots: Value, b: Value, adjoint: bool
-) -> Value:
+def _lu_applied(program: Program, factors: Value, pivots: Value, b: Value, adjoint: bool) -> Value:
     batch = views.common_shape(factors.shape[:-2], b.shape[:-2])
     n, m = b.shape[-2:]
     out = program.blank((*batch, n, m), b.dtype)

@@ -93,9 +93,7 @@ def _index_put(
     return _scatter(program, x, views.broadcast(new, shape), full, accumulate)
 
 
-def _index_fill(
-    program: Program, node: Node, x: Value, dim: int, index: Value, new: Any
-) -> Value:
+def _index_fill(program: Program, node: Node, x: Value, dim: int, index: Value, new: Any) -> Value:
     dim %= len(x.shape)
     shape = (*x.shape[:dim], index.shape[0], *x.shape[dim + 1 :])
     if not isinstance(new, Value):

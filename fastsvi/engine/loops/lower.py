@@ -181,7 +181,9 @@ class Program:
         statement.trial()
         self.statements.append(statement)
 
-    def call(self, arrays: Sequence[Array], text: Callable[[], str], reads: Sequence[Array]) -> None:
+    def call(
+        self, arrays: Sequence[Array], text: Callable[[], str], reads: Sequence[Array]
+    ) -> None:
         """Append a call that writes ``arrays``; ``text`` is made once all are laid out."""
         first, *also = arrays
         statement = Statement(first, (), nothing, lambda i: i, call=text, also=tuple(also))

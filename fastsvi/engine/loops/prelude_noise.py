@@ -1,6 +1,6 @@
 """Philox and what is drawn from it, in C++: the words of fastsvi.kernels.philox."""
 
-# Element e of particle p of fit f goes to out[f * P * D + p * particle_stride + e * element_stride].
+# Element e of particle p of fit f goes to f * P * D + p * particle_stride + e * element_stride.
 # Written out round by round, and in 32-bit halves where a word becomes a float: compilers
 # vectorise this, and neither an inner loop of rounds nor a conversion of unsigned words.
 NOISE = r"""

@@ -138,9 +138,7 @@ def _position(
 
 
 def _extremum(combine: str, position: int) -> Callable[..., Value]:
-    def lowered(
-        program: Program, node: Node, x: Value, dim: int, keepdim: bool = False
-    ) -> Value:
+    def lowered(program: Program, node: Node, x: Value, dim: int, keepdim: bool = False) -> Value:
         key = (combine, id(node.args[0]), dim, keepdim)
         if key not in program.shared:
             program.shared[key] = _position(program, x, dim, keepdim, combine)

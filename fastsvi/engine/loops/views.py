@@ -217,7 +217,7 @@ def diagonal_scatter(x: Value, new: Value, offset: int = 0, dim1: int = 0, dim2:
     return Value(x.shape, x.dtype, load, 2 + x.cost + new.cost)
 
 
-OPERATIONS: dict[str, Callable[..., Value]] = {
+_VIEWS: dict[str, Callable[..., Value]] = {
     "expand": expand,
     "unsqueeze": unsqueeze,
     "squeeze": squeeze,
@@ -235,3 +235,6 @@ OPERATIONS: dict[str, Callable[..., Value]] = {
     "slice_scatter": slice_scatter,
     "diagonal_scatter": diagonal_scatter,
 }
+
+# A copy of a view is the view: nothing is written to in place here.
+OPERATIONS = _VIEWS | {f"{name}_copy": function for name, function in _VIEWS.items()}

@@ -27,6 +27,8 @@ class TraceMeanField_ELBO(Trace_ELBO):
     It is right if the guide is a mean field, or more precisely if the prior of no site depends in
     the model on sites that depend on it in the guide. All sites must be reparameterised.
 
+    The arguments are those of :class:`ELBO`: particles, all at once or in chunks.
+
     Raises:
         SiteError: in a checked run, a site of the guide is not reparameterised.
     """

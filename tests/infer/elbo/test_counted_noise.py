@@ -61,7 +61,22 @@ def guide_discrete(y=Y):
     fastsvi.sample("which", dist.Categorical(logits=weights))
 
 
+def model_gamma(y=Y):
+    weights = fastsvi.sample("weights", dist.Dirichlet(torch.ones(3)))
+    rate = fastsvi.sample("rate", dist.Gamma(2.0, 1.0))
+    with fastsvi.plate("data", len(y)):
+        fastsvi.sample("y", dist.Normal(weights[0] - weights[1], rate), obs=y)
+
+
+def guide_gamma(y=Y):
+    positive = dist.constraints.positive
+    fastsvi.sample("weights", dist.Dirichlet(fastsvi.param("a", torch.ones(3), positive)))
+    shape = fastsvi.param("shape", torch.tensor(0.8), positive)
+    fastsvi.sample("rate", dist.Gamma(shape, fastsvi.param("r", torch.tensor(1.5), positive)))
+
+
 PROGRAMS = {
+    "gamma": (model_gamma, lambda: guide_gamma),
     "by hand": (model, lambda: guide),
     "subsampled": (model_subsampled, lambda: guide_subsampled),
     "discrete": (model_discrete, lambda: guide_discrete),
