@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsvi.kernels import dispatch
+from fastsvi.kernels import dispatch, double_backward
 
 _Number = Tensor | float
 
@@ -204,6 +204,17 @@ def _autograd(ctx: Any, grad: Tensor) -> Any:
 _log_prob_op.register_autograd(_autograd, setup_context=_context)
 
 
+def _backward_twin(family: str, grad: Tensor, *args: Any) -> Sequence[Tensor]:
+    *tensors, event_ndims, wanted = args
+    leaves = [double_backward.as_leaf(arg) for arg in tensors if arg is not None]
+    asked = [leaf for leaf, want in zip(leaves, _bits(wanted, len(leaves)), strict=True) if want]
+    density = _summed(FAMILIES[family].log_density(*leaves), event_ndims)
+    return double_backward.pull_back([density], [grad], asked)
+
+
+double_backward.register(_log_prob_backward_op, _backward_twin)
+
+
 def _lined_up(
     info: Any, in_dims: Sequence[int | None], args: Sequence[Tensor | None], expand: bool
 ) -> list[Tensor | None]:
@@ -295,6 +306,10 @@ def log_prob(
         _broadcast(op, entry, args)
         raise
     event_ndims = _event_ndims(op, terms.shape, event_ndims, batch_shape)
+    return _summed(terms, event_ndims)
+
+
+def _summed(terms: Tensor, event_ndims: int) -> Tensor:
     return terms.sum(tuple(range(-event_ndims, 0))) if event_ndims else terms
 
 

@@ -27,63 +27,31 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from fastsvi.kernels import dispatch, philox, transforms
+from fastsvi.kernels import dispatch, double_backward, philox, transforms
+from fastsvi.kernels.scale_maps import (
+    SCALE_MAPS,
+    ScaleMap,
+    log_scale_of,
+    log_scale_slope,
+    scale_of,
+    scale_slope,
+)
 from fastsvi.kernels.segment_table import SegmentTable
 
-ScaleMap = Literal["exp", "softplus", "identity"]
 Estimator = Literal["pathwise", "stl", "entropy"]
 
-SCALE_MAPS: tuple[str, ...] = get_args(ScaleMap)
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 _Options = tuple[int, ScaleMap, Estimator]  # number of particles, ...
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
-# Below this softplus(x) = exp(x) to the last bit of float64, so its log is x.
-_SOFTPLUS_IS_EXP = -37.0
-
 # Sums of more terms than this are accumulated in float64: float32 would drift.
 _LONG_SUM = 4096
 
 
 # -------------------------------------------------------------------------------- torch reference
-
-
-def scale_of(raw_scale: Tensor, scale_map: ScaleMap) -> Tensor:
-    """The scale, from its unconstrained value."""
-    if scale_map == "exp":
-        return raw_scale.exp()
-    return softplus(raw_scale) if scale_map == "softplus" else raw_scale
-
-
-def log_scale_of(raw_scale: Tensor, scale: Tensor, scale_map: ScaleMap) -> Tensor:
-    """log(scale), right also where the scale has underflowed."""
-    if scale_map == "exp":
-        return raw_scale
-    if scale_map == "softplus":
-        return torch.where(raw_scale < _SOFTPLUS_IS_EXP, raw_scale, scale.log())
-    return scale.log()
-
-
-def _scale_slope(raw_scale: Tensor, scale: Tensor, scale_map: ScaleMap) -> Tensor | None:
-    """d scale / d raw_scale, or None where it is 1."""
-    if scale_map == "exp":
-        return scale
-    return raw_scale.sigmoid() if scale_map == "softplus" else None
-
-
-def _log_scale_slope(
-    raw_scale: Tensor, scale: Tensor, slope: Tensor | None, scale_map: ScaleMap
-) -> Tensor | None:
-    """d log(scale) / d raw_scale, or None where it is 1."""
-    if scale_map == "exp":
-        return None
-    if slope is None:
-        return scale.reciprocal()
-    return torch.where(raw_scale < _SOFTPLUS_IS_EXP, 1.0, slope / scale)
 
 
 def sum_elements(x: Tensor) -> Tensor:
@@ -117,7 +85,7 @@ def backward_reference(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of loc and raw_scale, both [F, D], summed over particles."""
     scale = scale_of(raw_scale, scale_map)
-    slope = _scale_slope(raw_scale, scale, scale_map)
+    slope = scale_slope(raw_scale, scale, scale_map)
     if grad_log_q is not None and estimator == "stl":
         through_z = (grad_log_q.unsqueeze(-1) * noise) / scale.unsqueeze(1)
         grad_z = -through_z if grad_z is None else grad_z - through_z
@@ -129,7 +97,7 @@ def backward_reference(
         grad_raw = grad_raw if slope is None else grad_raw * slope
     if grad_log_q is not None:
         entropy = grad_log_q.sum(1, keepdim=True)  # [F, 1]
-        log_slope = _log_scale_slope(raw_scale, scale, slope, scale_map)
+        log_slope = log_scale_slope(raw_scale, scale, slope, scale_map)
         entropy = entropy.expand_as(raw_scale) if log_slope is None else entropy * log_slope
         grad_raw = -entropy if grad_raw is None else grad_raw - entropy
     return grad_loc, grad_raw
@@ -219,9 +187,9 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     options: Any = (num_particles, scale_map, estimator)
     if not dispatch.runs_triton(loc.device):
-        _require_no_table(table)
-        z, log_q = _by_batch(_forward_batch, (loc, raw_scale, key, origin, noise), options)
-        return z, log_q, loc.new_empty(0)
+        tensors = (loc, raw_scale, key, origin, noise)
+        value, log_q, log_det = _by_batch(_forward_batch, tensors, table, options)
+        return value, log_q, log_det if len(table) else loc.new_empty(0)
     from fastsvi.kernels.triton import normal as kernels
 
     return kernels.forward(loc, raw_scale, key, origin, noise, table, kinds, *options)
@@ -256,8 +224,7 @@ def _backward_op(
     tensors = (loc, raw_scale, key, origin, noise)
     grads = (grad_value, grad_log_q, grad_log_det)
     if not dispatch.runs_triton(loc.device):
-        _require_no_table(table)
-        return _by_batch(_backward_batch, (*tensors, *grads[:2]), options)
+        return _by_batch(_backward_batch, (*tensors, *grads), table, options)
     from fastsvi.kernels.triton import normal_backward as kernels
 
     return kernels.backward(*tensors, table, kinds, *grads, *options)
@@ -268,38 +235,54 @@ def _(loc: Tensor, raw_scale: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return loc.new_empty(loc.shape), loc.new_empty(loc.shape)
 
 
-# CPU rules, for graphs that were captured on a GPU: a call on the CPU never comes here.
+# The same in torch: for second derivatives, and for graphs that were captured on a GPU and are run
+# on a CPU. A call on a CPU never comes here.
 
 
-def _by_batch(function: Any, tensors: tuple[Tensor | None, ...], options: _Options) -> Any:
+def _by_batch(
+    function: Any, tensors: tuple[Tensor | None, ...], table: Sequence[Tensor], options: _Options
+) -> Any:
     batches = max(x.shape[0] for x in tensors if x is not None)
     every = [None if x is None else x.expand(batches, *x.shape[1:]) for x in tensors]
     rows = [
-        function(*(None if x is None else x[b] for x in every), *options) for b in range(batches)
+        function(*(None if x is None else x[b] for x in every), table, *options)
+        for b in range(batches)
     ]
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
-def _forward_batch(loc: Tensor, raw_scale: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    key, origin, noise, num_particles, *maps = args
+def _forward_batch(loc: Tensor, raw_scale: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    key, origin, noise, table, num_particles, *maps = args
     noise = draw_noise(raw_scale, key, origin, num_particles) if noise is None else noise
-    return _forward_reference(loc, raw_scale, noise, *maps)
+    z, log_q = _forward_reference(loc, raw_scale, noise, *maps)
+    if not table:
+        return z, log_q, loc.new_empty(0)
+    ids, *of_segments = table
+    y, log_slope = transforms.by_element(z, *(x[ids] for x in of_segments))
+    return y, log_q, log_slope.sum(-1)
 
 
 def _backward_batch(loc: Tensor, raw_scale: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    key, origin, noise, grad_z, grad_log_q, num_particles, *maps = args
+    key, origin, noise, grad, grad_log_q, grad_log_det, table, num_particles, *maps = args
     noise = draw_noise(raw_scale, key, origin, num_particles) if noise is None else noise
-    grads = backward_reference(raw_scale, noise, grad_z, grad_log_q, *maps)
+    if table and (grad is not None or grad_log_det is not None):
+        z, _ = _forward_reference(loc, raw_scale, noise, *maps)
+        ids, kinds, _, scale = table
+        slope, log_slope = transforms.slopes_by_element(z, kinds[ids], scale[ids])
+        through_y = 0.0 if grad is None else grad * slope
+        through_det = 0.0 if grad_log_det is None else grad_log_det.unsqueeze(-1) * log_slope
+        grad = through_y + through_det
+    grads = backward_reference(raw_scale, noise, grad, grad_log_q, *maps)
     return tuple(torch.zeros_like(loc) if grad is None else grad for grad in grads)
 
 
-def _require_no_table(table: Sequence[Tensor]) -> None:
-    if len(table):
-        raise dispatch.error(
-            "fastsvi::normal_forward",
-            "this operation has no CPU form with a table; call normal.sample_constrained",
-            table=table[0],
-        )
+def _backward_twin(*args: Any) -> tuple[Tensor, ...]:
+    *tensors, table, _, num_particles, scale_map, estimator = args
+    options = (num_particles, scale_map, estimator)
+    return tuple(_by_batch(_backward_batch, tuple(tensors), table, options))
+
+
+double_backward.register(_backward_op, _backward_twin)
 
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -9,13 +9,14 @@ there is the true one all the same (torch's is 0), so a parameter that ran into 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsvi.kernels import dispatch
+from fastsvi.kernels import dispatch, double_backward
 from fastsvi.kernels.segment_table import (
     EXP,
     IDENTITY,
@@ -131,6 +132,40 @@ def _unconstrain_reference(y: Tensor, table: SegmentTable) -> Tensor:
     return _join(pieces, plan)
 
 
+def by_element(
+    x: Tensor,  # [..., N]
+    kinds: Tensor,  # [N]; so are the others
+    shift: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Constrained values and log|dy/dx|, both ``[..., N]``, where only tensors tell the kinds.
+
+    Each function is evaluated for every element, away from what would overflow: slow but traceable.
+    """
+    y, log_slope = x, scale.abs().log().expand_as(x)
+    for kind in (EXP, SOFTPLUS, SIGMOID):
+        chosen = kinds == kind
+        own = torch.where(chosen, x, 0.0)
+        y = torch.where(chosen, _forward(kind, own), y)
+        log_slope = log_slope + torch.where(chosen, _log_derivative(kind, own), 0.0)
+    return torch.addcmul(shift, scale, y), log_slope
+
+
+def slopes_by_element(x: Tensor, kinds: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives of both results of :func:`by_element`."""
+    one, above, below = torch.ones_like(x), torch.sigmoid(x), torch.sigmoid(-x)
+    slope, log_slope = one, torch.zeros_like(x)
+    for kind, own, log_own in (
+        (EXP, torch.where(kinds == EXP, x, 0.0).exp(), one),
+        (SOFTPLUS, above, below),
+        (SIGMOID, above * below, below - above),
+    ):
+        chosen = kinds == kind
+        slope = torch.where(chosen, own, slope)
+        log_slope = torch.where(chosen, log_own, log_slope)
+    return scale * slope, log_slope
+
+
 # ------------------------------------------------------------------------------------- registration
 #
 # The Triton form, as operations that eager code, vmap, captures and Inductor all know. ``table`` is
@@ -235,6 +270,46 @@ def _unconstrain_autograd(ctx: Any, grad: Tensor) -> Any:
 
 _constrain_op.register_autograd(_constrain_autograd, setup_context=_constrain_context)
 _unconstrain_op.register_autograd(_unconstrain_autograd, setup_context=_unconstrain_context)
+
+
+def _segment_ids(chunks: Tensor, num_elements: int) -> Tensor:
+    """Segment of each element ``[N]``, from the chunks."""
+    counts = chunks[:, 2] - chunks[:, 1]
+    return torch.repeat_interleave(chunks[:, 0], counts, output_size=num_elements)
+
+
+def _constrain_backward_twin(
+    grad_y: Tensor | None,
+    grad_log_det: Tensor | None,
+    x: Tensor,
+    kinds: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    chunks: Tensor,
+) -> Sequence[Tensor]:
+    ids = _segment_ids(chunks, x.shape[-1])
+    slope, log_slope = slopes_by_element(x, kinds[ids], scale[ids])
+    grad = torch.zeros_like(x) if grad_y is None else grad_y * slope
+    if grad_log_det is not None:
+        grad = grad + grad_log_det.index_select(-1, ids) * log_slope
+    return [grad]
+
+
+def _unconstrain_backward_twin(
+    grad: Tensor, y: Tensor, kinds: Tensor, shift: Tensor, scale: Tensor, chunks: Tensor
+) -> Sequence[Tensor]:
+    ids = _segment_ids(chunks, y.shape[-1])
+    y = double_backward.as_leaf(y)
+    u = (y - shift[ids]) / scale[ids]
+    x = u
+    for kind in (EXP, SOFTPLUS, SIGMOID):
+        chosen = kinds[ids] == kind
+        x = torch.where(chosen, _inverse(kind, torch.where(chosen, u, 0.5)), x)
+    return double_backward.pull_back([x], [grad], [y])
+
+
+double_backward.register(_constrain_backward_op, _constrain_backward_twin)
+double_backward.register(_unconstrain_backward_op, _unconstrain_backward_twin)
 
 
 def _batched(num_buffers: int, op: Any) -> Any:

@@ -63,6 +63,11 @@ def warps(threads: int, warp_size: int = 64 if torch.version.hip else 32) -> int
     return max(1, threads // warp_size)
 
 
+def registers(most: int) -> dict[str, int]:
+    """Let a thread take so many: left to itself, ptxas stops at 128 and spills what is over."""
+    return {} if torch.version.hip else {"maxnreg": most}
+
+
 def neighbours(dtype: torch.dtype) -> int:
     """Numbers in 128 bits, the widest access."""
     return 16 // dtype.itemsize

@@ -14,6 +14,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693145751953125)
 LN2_LOW = tl.constexpr(1.42860682030941723212e-6)
 TURN_32 = tl.constexpr(2.0 * 3.14159265358979323846 / 4294967296.0)
+TURN_32_LOW = tl.constexpr(-1.7484555600e-7 / 4294967296.0)  # what float32 loses of it
 
 
 @triton.jit
@@ -44,6 +45,12 @@ def exp(x):
 
 
 @triton.jit
+def low_byte(word, OFFSET: tl.constexpr):
+    """The last eight bits plus an offset, in float32; a conversion takes the time of eight sums."""
+    return ((word & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 - OFFSET)
+
+
+@triton.jit
 def cos_sin_turn(word, dtype: tl.constexpr):
     """cos and sin of the angle 2 pi word / 2^32, for a uint32 word.
 
@@ -51,7 +58,12 @@ def cos_sin_turn(word, dtype: tl.constexpr):
     """
     quadrant = (word + 0x20000000) >> 30
     rest = (word - (quadrant << 30)).to(tl.int32, bitcast=True)
-    x = rest.to(dtype) * TURN_32
+    if dtype == tl.float64:
+        x = rest.to(dtype) * TURN_32
+    else:
+        # In two parts of so few bits that both are exact.
+        high = ((rest + 128) & -256).to(dtype)
+        x = high * TURN_32 + (low_byte(rest + 128, -128.0) * TURN_32 + high * TURN_32_LOW)
     s = x * x
     if dtype == tl.float64:  # fdlibm, k_sin and k_cos
         p = 1.58969099521155010221e-10

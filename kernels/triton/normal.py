@@ -88,9 +88,20 @@ def row_stride(num_elements, WHOLE_QUADS: tl.constexpr):
 
 
 @triton.jit
-def lane_noise(lane: tl.constexpr, lanes, noise_ptr, at, valid, GIVEN: tl.constexpr):
+def lane_of(lane, lanes):
+    """One of four lanes, by a number that is known when the program runs, or when it compiles."""
+    return tl.where(
+        lane < 2, tl.where(lane == 0, lanes[0], lanes[1]), tl.where(lane == 2, lanes[2], lanes[3])
+    )
+
+
+@triton.jit
+def lane_noise(lane, lanes, noise_ptr, at, valid, GIVEN: tl.constexpr):
     """Noise of a lane: drawn already, or given."""
-    return tl.load(noise_ptr + at, mask=valid, other=0.0) if GIVEN else lanes[lane]
+    if GIVEN:
+        return tl.load(noise_ptr + at, mask=valid, other=0.0)
+    else:
+        return lane_of(lane, lanes)
 
 
 # ---------------------------------------------------------------------------------------- forward
@@ -136,25 +147,28 @@ def forward_kernel(
     start = tile.to(tl.int64) * TILE
     groups = group_block(GROUPS, NEIGHBOURS)
     nothing = tl.zeros([NEIGHBOURS, 1, GROUPS // NEIGHBOURS], dtype)
+    own = row.to(tl.int64) * stride + start
 
-    locs, scales, log_scale_sum = (), (), nothing
-    kinds, shifts, factors, log_factor_sum = (), (), (), nothing
-    for lane in tl.static_range(LANES):
-        within = lane * TILE_GROUPS + groups
-        valid = within < stride - start
-        own = row.to(tl.int64) * stride + start + within
-        raw_scale = tl.load(raw_scale_ptr + own, mask=valid, other=1.0)
-        scale, log_scale = scale_and_log(raw_scale, SCALE_MAP)
-        log_scale_sum += tl.where(valid, log_scale + HALF_LOG_2PI, 0.0)
-        locs += (tl.load(loc_ptr + own, mask=valid, other=0.0),)
-        scales += (scale,)
-        if KINDS:
+    locs, scales, log_scale_sum, log_factor_sum = (), (), nothing, nothing
+    if KINDS:
+        for number in tl.range(LANES, loop_unroll_factor=1):
+            within = number * TILE_GROUPS + groups
+            valid = within < stride - start
+            raw_scale = tl.load(raw_scale_ptr + own + within, mask=valid, other=1.0)
+            _, log_scale = scale_and_log(raw_scale, SCALE_MAP)
+            log_scale_sum += tl.where(valid, log_scale + HALF_LOG_2PI, 0.0)
             segment = tl.load(segment_ptr + start + within, mask=valid, other=0)
             factor = tl.load(factor_ptr + segment)
             log_factor_sum += tl.where(valid, tl.log(tl.abs(factor)), 0.0)
-            kinds += (tl.load(kind_ptr + segment),)
-            shifts += (tl.load(shift_ptr + segment),)
-            factors += (factor,)
+    else:
+        for lane in tl.static_range(LANES):
+            within = lane * TILE_GROUPS + groups
+            valid = within < stride - start
+            raw_scale = tl.load(raw_scale_ptr + own + within, mask=valid, other=1.0)
+            scale, log_scale = scale_and_log(raw_scale, SCALE_MAP)
+            log_scale_sum += tl.where(valid, log_scale + HALF_LOG_2PI, 0.0)
+            locs += (tl.load(loc_ptr + own + within, mask=valid, other=0.0),)
+            scales += (scale,)
 
     first = tl.program_id(1) * particles_per_program
     last = tl.minimum(first + particles_per_program, num_particles)
@@ -176,18 +190,31 @@ def forward_kernel(
             lanes = four_normals(w0, w1, w2, w3, dtype, LANES)
         terms = tl.zeros([NEIGHBOURS, PARTICLES, GROUPS // NEIGHBOURS], dtype) + log_scale_sum
         log_det = tl.zeros([NEIGHBOURS, PARTICLES, GROUPS // NEIGHBOURS], dtype) + log_factor_sum
-        for lane in tl.static_range(LANES):
-            within = lane * TILE_GROUPS + groups
-            valid = within < stride - start
-            at = line * stride + start + within
-            noise = lane_noise(lane, lanes, noise_ptr, at, valid & present, GIVEN)
-            value = locs[lane] + scales[lane] * noise
-            terms += tl.where(valid, 0.5 if ENTROPY else 0.5 * (noise * noise), 0.0)
-            if KINDS:
-                value, log_slope = _constrain(value, kinds[lane], KINDS)
-                value = shifts[lane] + factors[lane] * value
+        if KINDS:
+            # Rolled up, and all but the noise read again: four lanes at a time would spill.
+            for number in tl.range(LANES, loop_unroll_factor=1):
+                within = number * TILE_GROUPS + groups
+                valid = within < stride - start
+                at = line * stride + start + within
+                noise = lane_noise(number, lanes, noise_ptr, at, valid & present, GIVEN)
+                terms += tl.where(valid, 0.5 if ENTROPY else 0.5 * (noise * noise), 0.0)
+                raw_scale = tl.load(raw_scale_ptr + own + within, mask=valid, other=1.0)
+                scale, _ = scale_and_log(raw_scale, SCALE_MAP)
+                loc = tl.load(loc_ptr + own + within, mask=valid, other=0.0)
+                segment = tl.load(segment_ptr + start + within, mask=valid, other=0)
+                kind = tl.load(kind_ptr + segment)
+                value, log_slope = _constrain(loc + scale * noise, kind, KINDS)
+                value = tl.load(shift_ptr + segment) + tl.load(factor_ptr + segment) * value
                 log_det += tl.where(valid, log_slope, 0.0)
-            tl.store(value_ptr + at, value, mask=valid & present)
+                tl.store(value_ptr + at, value, mask=valid & present)
+        else:
+            for lane in tl.static_range(LANES):
+                within = lane * TILE_GROUPS + groups
+                valid = within < stride - start
+                at = line * stride + start + within
+                noise = lane_noise(lane, lanes, noise_ptr, at, valid & present, GIVEN)
+                terms += tl.where(valid, 0.5 if ENTROPY else 0.5 * (noise * noise), 0.0)
+                tl.store(value_ptr + at, locs[lane] + scales[lane] * noise, mask=valid & present)
         part = line * num_tiles + tile
         tl.store(log_q_ptr + part, -tl.sum(tl.sum(terms, 2, True), 0, True), mask=present)
         if KINDS:
@@ -218,8 +245,7 @@ def blocks(
 ) -> dict[str, Any]:
     """How a kernel is cut: four lanes of 128 bits a thread, of several particles if D is small."""
     _, lanes, groups = launch.tiling(num_elements)
-    # Transforms keep so many values at a time that four float32 neighbours would spill.
-    neighbours = 2 if kinds else launch.neighbours(dtype)
+    neighbours = launch.neighbours(dtype)
     threads = max(32, groups // neighbours)
     room = threads * philox.LANES * neighbours // (lanes * groups)
     return {
@@ -230,6 +256,7 @@ def blocks(
         "WHOLE_QUADS": num_elements % 4 == 0,
         "KINDS": kinds,
         "num_warps": launch.warps(threads),
+        **(launch.registers(168) if kinds else {}),
     }
 
 
@@ -303,47 +330,60 @@ def forward(
 # ----------------------------------------------------------------------------------- compile cases
 
 
-def _case(
-    name: str, dtype: str = "fp32", shape: tuple[int, int] = (1 << 20, 8), **flags: Any
+def case(
+    name: str, kernel: Any, dtype: str = "fp32", shape: tuple[int, int] = (1 << 20, 8), **flags: Any
 ) -> CompileCase:
-    """A forward case; ``flags`` replace what is compiled in, wide_loads and such included."""
+    """A case of the forward or a backward kernel; ``flags`` replace constants and limits."""
     elements, particles = shape
-    pointers = [n for n in forward_kernel.arg_names if n.endswith("_ptr")]
+    pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
     types = {
         **dict.fromkeys(pointers, f"*{dtype}"),
-        "key_ptr": "*i64",
-        "origin_ptr": "*i64",
-        "segment_ptr": "*i32",
-        "kind_ptr": "*i32",
+        **dict.fromkeys(("key_ptr", "origin_ptr"), "*i64"),
+        **dict.fromkeys(("segment_ptr", "kind_ptr"), "*i32"),
+        "active_ptr": "*i1",
     }
     limits = {k: flags.pop(k) for k in launch.LIMITS if k in flags}
     real = torch.float32 if dtype == "fp32" else torch.float64
     cut = blocks(elements, particles, real, flags.pop("KINDS", 0))
     threads = cut.pop("num_warps") * 32
-    constants = {"SCALE_MAP": "exp", "ENTROPY": False, "GIVEN": False, **cut, **flags}
+    options = launch.OPTIONS | {k: cut.pop(k) for k in ("maxnreg",) if k in cut}
+    constants = {
+        "SCALE_MAP": "exp",
+        **dict.fromkeys(("STL", "ENTROPY", "GIVEN", "HAS_LOG_DET"), False),
+        **dict.fromkeys(("HAS_VALUE", "HAS_LOG_Q"), True),
+        **cut,
+        **flags,
+    }
     return CompileCase(
         f"normal.{name}",
-        forward_kernel,
-        signature={n: types.get(n, "i32") for n in forward_kernel.arg_names if n not in constants},
-        constants=constants,
+        kernel,
+        signature={n: types.get(n, "i32") for n in kernel.arg_names if n not in constants},
+        constants={n: v for n, v in constants.items() if n in kernel.arg_names},
         divisible=(*pointers, "num_elements"),
         threads=threads,
+        options=options,
         **limits,
     )
 
 
-_ALL_KINDS = 0b1111
+ALL_KINDS = 0b1111
+_WIDE: dict[str, Any] = {"wide_loads": 8, "wide_stores": 4}
+# Where lanes are rolled up, the accesses of one are those of all.
+_ROLLED: dict[str, Any] = {"wide_loads": 5, "wide_stores": 1, "KINDS": ALL_KINDS}
 
 COMPILE_CASES = [
-    _case("forward", wide_loads=8, wide_stores=4),
-    _case("forward-softplus", SCALE_MAP="softplus", wide_loads=8, wide_stores=4),
-    _case("forward-entropy", ENTROPY=True, wide_loads=8, wide_stores=4),
-    _case("forward-given", GIVEN=True, wide_loads=12, wide_stores=4),
-    _case("forward-positive", KINDS=HAS_EXP.value),
-    _case("forward-constrained", KINDS=_ALL_KINDS),
-    _case("forward-two-lanes", shape=(512, 8), wide_loads=4, wide_stores=4),
-    _case("forward-short", shape=(10, 64)),
-    _case("forward-float64", "fp64", wide_loads=8, wide_stores=4),
+    case("forward", forward_kernel, **_WIDE),
+    case("forward-softplus", forward_kernel, **_WIDE, SCALE_MAP="softplus"),
+    case("forward-entropy", forward_kernel, **_WIDE, ENTROPY=True),
+    case("forward-given", forward_kernel, **_WIDE | {"wide_loads": 12}, GIVEN=True),
+    case("forward-positive", forward_kernel, **_ROLLED | {"KINDS": HAS_EXP.value}),
+    case("forward-constrained", forward_kernel, **_ROLLED),
+    case("forward-constrained-softplus", forward_kernel, **_ROLLED, SCALE_MAP="softplus"),
+    # Two segments of 32 bits lie beside two doubles.
+    case("forward-constrained-float64", forward_kernel, "fp64", **_ROLLED | {"wide_loads": 3}),
+    case("forward-two-lanes", forward_kernel, shape=(512, 8), wide_loads=4, wide_stores=4),
+    case("forward-short", forward_kernel, shape=(10, 64)),
+    case("forward-float64", forward_kernel, "fp64", **_WIDE),
     CompileCase(
         "normal.sum",
         sum_kernel,

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsvi.kernels.triton import launch
-from fastsvi.kernels.triton.normal import blocks, row_stride
-from fastsvi.kernels.triton.normal_backward import case, finish, gradients
+from fastsvi.kernels.triton.normal import blocks, case, row_stride
+from fastsvi.kernels.triton.normal_backward import finish, gradients
 from fastsvi.kernels.triton.philox import TILE, TILE_GROUPS, group_block
 
 # ----------------------------------------------------------------------------------------- kernel

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsvi.kernels.triton import launch
-from fastsvi.kernels.triton.launch import CompileCase
 from fastsvi.kernels.triton.math import exp
 from fastsvi.kernels.triton.normal import (
+    ALL_KINDS,
     HAS_EXP,
     HAS_SIGMOID,
     HAS_SOFTPLUS,
@@ -26,7 +26,9 @@ from fastsvi.kernels.triton.normal import (
     KIND_SIGMOID,
     KIND_SOFTPLUS,
     blocks,
+    case,
     lane_noise,
+    lane_of,
     row_stride,
     scale_and_log,
 )
@@ -62,14 +64,16 @@ def _constrain_slopes(x, kind, KINDS: tl.constexpr):
         chosen = kind == KIND_EXP
         slope, log_slope = tl.where(chosen, exp(x), slope), tl.where(chosen, 1.0, log_slope)
     if (HAS_SOFTPLUS | HAS_SIGMOID) & KINDS:
-        above, below = sigmoid(x), sigmoid(-x)
+        e = exp(-tl.abs(x))
+        r = 1.0 / (1.0 + e)
         if HAS_SOFTPLUS & KINDS:
             chosen = kind == KIND_SOFTPLUS
-            slope, log_slope = tl.where(chosen, above, slope), tl.where(chosen, below, log_slope)
+            slope = tl.where(chosen, tl.where(x < 0.0, e * r, r), slope)
+            log_slope = tl.where(chosen, tl.where(x < 0.0, r, e * r), log_slope)
         if HAS_SIGMOID & KINDS:
             chosen = kind == KIND_SIGMOID
-            slope = tl.where(chosen, above * below, slope)
-            log_slope = tl.where(chosen, below - above, log_slope)
+            slope = tl.where(chosen, e * r * r, slope)
+            log_slope = tl.where(chosen, tl.where(x < 0.0, 1.0 - e, e - 1.0) * r, log_slope)
     return slope, log_slope
 
 
@@ -112,6 +116,7 @@ def gradients(
     stride = row_stride(num_elements, WHOLE_QUADS)
     start = tile.to(tl.int64) * TILE
     left = stride - start
+    own = row.to(tl.int64) * stride + start
     groups = group_block(GROUPS, NEIGHBOURS)
     batch = row // num_fits
     zeros = tl.zeros([NEIGHBOURS, PARTICLES, GROUPS // NEIGHBOURS], dtype)
@@ -142,7 +147,8 @@ def gradients(
                 weight += grad_log_q
         if HAS_LOG_DET:
             grad_log_det = tl.load(grad_log_det_ptr + line, mask=present, other=0.0)
-        for lane in tl.static_range(LANES):
+        # With transforms, four lanes at a time would spill. Without, choices by lane fold away.
+        for lane in tl.range(LANES, loop_unroll_factor=1 if KINDS else LANES):
             within = lane * TILE_GROUPS + groups
             valid = (within < left) & present
             at = line * stride + start + within
@@ -152,11 +158,10 @@ def gradients(
                 grad = tl.load(grad_value_ptr + at, mask=valid, other=0.0)
             if STL or KINDS:
                 here = within < left
-                at = row.to(tl.int64) * stride + start + within
-                raw_scale = tl.load(raw_scale_ptr + at, mask=here, other=1.0)
+                raw_scale = tl.load(raw_scale_ptr + own + within, mask=here, other=1.0)
                 scale, _ = scale_and_log(raw_scale, SCALE_MAP)
                 if KINDS:
-                    loc = tl.load(loc_ptr + at, mask=here, other=0.0)
+                    loc = tl.load(loc_ptr + own + within, mask=here, other=0.0)
                     segment = tl.load(segment_ptr + start + within, mask=here, other=0)
                     kind = tl.load(kind_ptr + segment)
                     slope, log_slope = _constrain_slopes(loc + scale * noise, kind, KINDS)
@@ -166,18 +171,14 @@ def gradients(
                 if STL and HAS_LOG_Q:
                     grad -= grad_log_q * noise / scale
                 grad = tl.where(valid, grad, 0.0)
-            if lane == 0:
-                loc_0 += grad
-                raw_0 += grad * noise
-            elif lane == 1:
-                loc_1 += grad
-                raw_1 += grad * noise
-            elif lane == 2:
-                loc_2 += grad
-                raw_2 += grad * noise
-            else:
-                loc_3 += grad
-                raw_3 += grad * noise
+            loc_0 = tl.where(lane == 0, loc_0 + grad, loc_0)
+            raw_0 = tl.where(lane == 0, raw_0 + grad * noise, raw_0)
+            loc_1 = tl.where(lane == 1, loc_1 + grad, loc_1)
+            raw_1 = tl.where(lane == 1, raw_1 + grad * noise, raw_1)
+            loc_2 = tl.where(lane == 2, loc_2 + grad, loc_2)
+            raw_2 = tl.where(lane == 2, raw_2 + grad * noise, raw_2)
+            loc_3 = tl.where(lane == 3, loc_3 + grad, loc_3)
+            raw_3 = tl.where(lane == 3, raw_3 + grad * noise, raw_3)
     total = tl.sum(weight, 1, True)
     return (loc_0, loc_1, loc_2, loc_3), (raw_0, raw_1, raw_2, raw_3), total
 
@@ -263,12 +264,13 @@ def backward_kernel(
     row = (tl.program_id(0) // num_tiles).to(tl.int64)
     stride = row_stride(num_elements, WHOLE_QUADS)
     start = (tl.program_id(0) % num_tiles).to(tl.int64) * TILE
-    for lane in tl.static_range(LANES):
+    for lane in tl.range(LANES, loop_unroll_factor=1 if KINDS else LANES):
         within = lane * TILE_GROUPS + group_block(GROUPS, NEIGHBOURS)
         valid = within < stride - start
         at = row * stride + start + within
         raw_scale = tl.load(raw_scale_ptr + at, mask=valid, other=1.0)
-        grad_loc, grad_raw = finish(loc_lanes[lane], raw_lanes[lane], weight, raw_scale, SCALE_MAP)
+        of_loc, of_scale = lane_of(lane, loc_lanes), lane_of(lane, raw_lanes)
+        grad_loc, grad_raw = finish(of_loc, of_scale, weight, raw_scale, SCALE_MAP)
         tl.store(grad_loc_ptr + at, grad_loc, mask=valid)
         tl.store(grad_raw_ptr + at, grad_raw, mask=valid)
 
@@ -339,48 +341,22 @@ def backward(
 # ----------------------------------------------------------------------------------- compile cases
 
 
-def case(
-    name: str, kernel: Any, dtype: str = "fp32", shape: tuple[int, int] = (1 << 20, 8), **flags: Any
-) -> CompileCase:
-    """A backward case; ``flags`` replace what is compiled in, wide_loads and such included."""
-    elements, particles = shape
-    pointers = [n for n in kernel.arg_names if n.endswith("_ptr")]
-    types = {
-        **dict.fromkeys(pointers, f"*{dtype}"),
-        **dict.fromkeys(("key_ptr", "origin_ptr"), "*i64"),
-        **dict.fromkeys(("segment_ptr", "kind_ptr"), "*i32"),
-        "active_ptr": "*i1",
-    }
-    limits = {k: flags.pop(k) for k in launch.LIMITS if k in flags}
-    real = torch.float32 if dtype == "fp32" else torch.float64
-    cut = blocks(elements, particles, real, flags.pop("KINDS", 0))
-    threads = cut.pop("num_warps") * 32
-    constants = {
-        "SCALE_MAP": "exp",
-        **dict.fromkeys(("STL", "GIVEN", "HAS_LOG_DET"), False),
-        **dict.fromkeys(("HAS_VALUE", "HAS_LOG_Q"), True),
-        **cut,
-        **flags,
-    }
-    return CompileCase(
-        f"normal.{name}",
-        kernel,
-        signature={n: types.get(n, "i32") for n in kernel.arg_names if n not in constants},
-        constants={n: v for n, v in constants.items() if n in kernel.arg_names},
-        divisible=(*pointers, "num_elements"),
-        threads=threads,
-        **limits,
-    )
-
-
-_ALL_KINDS = 0b1111
+_WIDE: dict[str, Any] = {"wide_loads": 8, "wide_stores": 8}
+_ROLLED: dict[str, Any] = {"wide_loads": 5, "wide_stores": 2}
+_CONSTRAINED: dict[str, Any] = {**_ROLLED, "KINDS": ALL_KINDS, "HAS_LOG_DET": True}
 
 COMPILE_CASES = [
-    case("backward", backward_kernel, wide_loads=8, wide_stores=8),
-    case("backward-softplus", backward_kernel, SCALE_MAP="softplus", wide_loads=8, wide_stores=8),
-    case("backward-stl", backward_kernel, STL=True, wide_loads=8, wide_stores=8),
-    case("backward-given", backward_kernel, GIVEN=True, wide_loads=12, wide_stores=8),
-    case("backward-constrained", backward_kernel, KINDS=_ALL_KINDS, HAS_LOG_DET=True),
+    case("backward", backward_kernel, **_WIDE),
+    case("backward-softplus", backward_kernel, **_WIDE, SCALE_MAP="softplus"),
+    case("backward-stl", backward_kernel, **_WIDE, STL=True),
+    case("backward-given", backward_kernel, **_WIDE | {"wide_loads": 12}, GIVEN=True),
+    case("backward-constrained", backward_kernel, **_CONSTRAINED),
+    case("backward-constrained-stl", backward_kernel, **_CONSTRAINED, STL=True),
+    case("backward-constrained-softplus", backward_kernel, **_CONSTRAINED, SCALE_MAP="softplus"),
+    # Two segments of 32 bits lie beside two doubles.
+    case(
+        "backward-constrained-float64", backward_kernel, "fp64", **_CONSTRAINED | {"wide_loads": 4}
+    ),
     case("backward-short", backward_kernel, shape=(10, 64)),
-    case("backward-float64", backward_kernel, "fp64"),
+    case("backward-float64", backward_kernel, "fp64", **_WIDE),
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastsvi.kernels import philox as reference
 from fastsvi.kernels.triton import launch
 from fastsvi.kernels.triton.launch import CompileCase
-from fastsvi.kernels.triton.math import cos_sin_turn
+from fastsvi.kernels.triton.math import cos_sin_turn, low_byte
 
 TILE = tl.constexpr(reference.TILE)
 TILE_GROUPS = tl.constexpr(reference.TILE_GROUPS)
@@ -68,7 +68,7 @@ def _radius(word, dtype: tl.constexpr):
     # float32 holds 24 bits of the word. The others decide where u is nearly 1: split the word into
     # two exact parts, and put back what their sum loses.
     high = (word & 0xFFFFFF00).to(dtype)
-    low = (word & 0xFF).to(dtype) + 0.5
+    low = low_byte(word, 0.5)
     total = high + low
     lost = low - (total - high)
     log_u = tl.log(total * 2.3283064365386963e-10) + lost * 2.3283064365386963e-10

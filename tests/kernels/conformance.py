@@ -9,9 +9,12 @@ An operation joins by a class with its cases::
 arguments (an in-place operation is wrapped: clone, run, return). What is compared:
 
 ====================  ============================================================================
-test_forward          each form against the torch reference in float64 on the same (rounded) inputs
-test_backward         the same for the gradients of a fixed linear function of the outputs
+test_forward          each form against the torch reference in float64 on the same (rounded) inputs;
+                      of what has derivatives, in the next test
+test_backward         the same for the outputs and the gradients of a fixed linear function of them
 test_gradcheck        analytic against numerical derivatives, in float64
+test_second           derivatives of the gradients: gradgradcheck of the reference, and the others
+                      against it
 test_vmap             torch.func.vmap against a loop
 test_noncontiguous    strided inputs against contiguous ones: the same bits
 test_capture          make_fx against eager, backward included; on a CPU it holds plain ATen
@@ -19,15 +22,18 @@ test_compile          torch.compile(fullgraph=True) against eager, forward and b
 ====================  ============================================================================
 
 Forms: ``torch`` (reference), ``interpret`` (the Triton kernels run by Triton's interpreter on the
-CPU), ``triton`` (compiled, on a GPU). A case too large for the interpreter says
-``interpret=False``.
+CPU), ``triton`` (compiled, on a GPU, where every call is also checked for waits of the host). The
+interpreter takes 20 ms and more for each program of a kernel: a case too large for it says
+``interpret=False``, and what all cases of an operation share is tried there on one or two.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
@@ -43,6 +49,34 @@ DTYPES = (torch.float32, torch.float64)
 
 # Of torch.testing for float32; in float64 what is left of a reference computed in another order.
 TOLERANCE = {torch.float32: (1.3e-6, 1e-5), torch.float64: (1e-10, 1e-12)}
+
+
+Result = TypeVar("Result")
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """On a GPU, an error where the host waits for the device; elsewhere nothing."""
+    if not CUDA:
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        # torch says that not every wait is noticed.
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def unwaited(call: Callable[..., Result], *args: Any) -> Result:
+    """Results of a call that must not wait for a GPU, after one in which it may compile."""
+    if CUDA:
+        call(*args)
+    with no_waiting():
+        return call(*args)
 
 
 class Draw:
@@ -76,6 +110,8 @@ class Case:
     interpret: bool = True
     gradcheck: bool = False
     gradcheck_interpreted: bool = False  # seconds each, and test_backward has compared it already
+    second: bool = False
+    strided_interpreted: bool = False
     vmap: bool = False
     capture: bool = True
     compile: bool = False
@@ -90,7 +126,11 @@ class Case:
         )
 
     def runs_interpreted(self, test: str) -> bool:
-        return self.interpret and (test != "test_gradcheck" or self.gradcheck_interpreted)
+        if test == "test_gradcheck":
+            return self.gradcheck_interpreted
+        if test == "test_noncontiguous":
+            return self.strided_interpreted
+        return self.interpret
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         outputs = self.call(*inputs)
@@ -112,6 +152,21 @@ class Case:
         cotangents = [arrange(waves(y)) for y in smooth]
         grads = torch.autograd.grad(smooth, leaves, cotangents, materialize_grads=True)
         return (*(y.detach() for y in outputs), *grads)
+
+    def run_with_second(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Derivatives, by inputs and weights, of a linear function of the gradients."""
+        leaves = [inputs[i].detach().requires_grad_() for i in self.grad]
+        full = list(inputs)
+        for i, leaf in zip(self.grad, leaves, strict=True):
+            full[i] = leaf
+        smooth = [y for y in self.run(tuple(full)) if y.requires_grad]
+        weights = [waves(y).requires_grad_() for y in smooth]
+        grads = torch.autograd.grad(
+            smooth, leaves, weights, create_graph=True, materialize_grads=True
+        )
+        curved = [grad for grad in grads if grad.requires_grad]
+        again = [waves(grad) for grad in curved]
+        return torch.autograd.grad(curved, [*leaves, *weights], again, materialize_grads=True)
 
 
 def waves(like: Tensor) -> Tensor:
@@ -162,9 +217,10 @@ class Suite:
 
     # Which cases a test wants. Where precision is not the matter, it takes the last dtype alone.
     _wants: ClassVar[dict[str, Callable[[Case], Any]]] = {
-        "test_forward": lambda case: True,
+        "test_forward": lambda case: not case.grad,
         "test_backward": lambda case: case.grad,
         "test_gradcheck": lambda case: case.gradcheck,
+        "test_second": lambda case: case.second,
         "test_vmap": lambda case: case.vmap,
         "test_noncontiguous": lambda case: True,
         "test_capture": lambda case: case.capture,
@@ -217,13 +273,13 @@ class Suite:
         inputs = case.inputs(dtype, form)
         with dispatch.use("torch"):
             expected = case.run(widened(inputs))
-        assert_near(case.run(inputs), expected, dtype, case.tolerance)
+        assert_near(unwaited(case.run, inputs), expected, dtype, case.tolerance)
 
     def test_backward(self, case: Case, form: str, dtype: torch.dtype) -> None:
         inputs = case.inputs(dtype, form)
         with dispatch.use("torch"):
             expected = case.run_with_grad(widened(inputs))
-        assert_near(case.run_with_grad(inputs), expected, dtype, case.tolerance)
+        assert_near(unwaited(case.run_with_grad, inputs), expected, dtype, case.tolerance)
 
     def test_gradcheck(self, case: Case, form: str, dtype: torch.dtype) -> None:
         inputs = tuple(
@@ -236,6 +292,19 @@ class Suite:
         assert torch.autograd.gradcheck(
             case.call, inputs, eps=1e-6, atol=1e-5, rtol=1e-3, fast_mode=fast
         )
+
+    def test_second(self, case: Case, form: str, dtype: torch.dtype) -> None:
+        inputs = case.inputs(dtype, form)
+        if form == "torch":
+            leaves = tuple(
+                x.requires_grad_() if i in case.grad else x for i, x in enumerate(inputs)
+            )
+            assert torch.autograd.gradgradcheck(case.call, leaves, eps=1e-6, atol=1e-5, rtol=1e-3)
+            return
+        found = case.run_with_second(inputs)
+        with dispatch.use("torch"):
+            expected = case.run_with_second(widened(inputs))
+        assert_near(found, expected, dtype, case.tolerance)
 
     def test_vmap(self, case: Case, form: str, dtype: torch.dtype) -> None:
         once = case.inputs(dtype, form)
@@ -251,7 +320,7 @@ class Suite:
             for j in range(2)
         ]
         looped = tuple(torch.stack(outputs) for outputs in zip(*entries, strict=True))
-        mapped = torch.func.vmap(lambda *args: case.run(args), in_dims)(*stacked)
+        mapped = unwaited(torch.func.vmap(lambda *args: case.run(args), in_dims), *stacked)
         assert_near(mapped, tuple(y.cpu() for y in looped), dtype, {})
         if case.grad:
             self._check_vmapped_grad(case, stacked, in_dims, dtype)
@@ -268,7 +337,8 @@ class Suite:
             loss = sum((y.sin() * 3).sum() for y in outputs if y.requires_grad)
             return torch.autograd.grad(loss, wanted, materialize_grads=True)
 
-        mapped = gradients(torch.func.vmap(lambda *args: case.run(args), in_dims)(*leaves))
+        mapped_run = torch.func.vmap(lambda *args: case.run(args), in_dims)
+        mapped = unwaited(lambda: gradients(mapped_run(*leaves)))
         entries = [
             case.run(tuple(x if d is None else x[j] for x, d in zip(leaves, in_dims, strict=True)))
             for j in range(2)
@@ -280,16 +350,17 @@ class Suite:
         inputs = case.inputs(dtype, form)
         gapped = tuple(strided(x) for x in inputs)
         if case.grad:
-            found, expected = case.run_with_grad(gapped, strided), case.run_with_grad(inputs)
+            found = unwaited(case.run_with_grad, gapped, strided)
+            expected = case.run_with_grad(inputs)
         else:
-            found, expected = case.run(gapped), case.run(inputs)
+            found, expected = unwaited(case.run, gapped), case.run(inputs)
         assert_near(found, tuple(y.cpu() for y in expected), dtype, {})
 
     def test_capture(self, case: Case, form: str, dtype: torch.dtype) -> None:
         inputs = case.inputs(dtype, form)
         expected = case.run_with_grad(inputs) if case.grad else case.run(inputs)
         graph = capture(case, inputs)
-        assert_near(graph(*inputs), tuple(y.cpu() for y in expected), dtype, {})
+        assert_near(unwaited(graph, *inputs), tuple(y.cpu() for y in expected), dtype, {})
         targets = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
         if form == "torch":
             assert not [t for t in targets if t.startswith("fastsvi")], "hidden from Inductor"
@@ -302,5 +373,5 @@ class Suite:
         compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager")
         expected = case.run_with_grad(inputs) if case.grad else case.run(inputs)
         via = Case(case.name, case.make, compiled, case.grad)
-        found = via.run_with_grad(inputs) if case.grad else via.run(inputs)
+        found = unwaited(via.run_with_grad if case.grad else via.run, inputs)
         assert_near(found, tuple(y.cpu() for y in expected), dtype, {})

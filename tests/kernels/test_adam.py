@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conformance import CUDA, FORMS, Case, Suite
+from conformance import CUDA, FORMS, Case, Suite, no_waiting
 from pyro.optim.clipped_adam import ClippedAdam
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,7 +46,8 @@ class State:
 
     def update(self, grad, **options):
         state = (self.param, grad, self.exp_avg, self.exp_avg_sq, self.step)
-        adam_(*state, self.segments, max_exp_avg_sq=self.max_exp_avg_sq, **options)
+        with no_waiting():
+            adam_(*state, self.segments, max_exp_avg_sq=self.max_exp_avg_sq, **options)
 
     def tensors(self):
         return [self.param, self.exp_avg, self.exp_avg_sq, self.step]
@@ -106,7 +107,14 @@ def case(
             )  # fmt: skip
         return param, exp_avg, exp_avg_sq, count
 
-    return Case(name, make, call, capture=name in ("plain", "everything"), compile=compile)
+    return Case(
+        name,
+        make,
+        call,
+        strided_interpreted=name == "everything",
+        capture=name in ("plain", "everything"),
+        compile=compile,
+    )
 
 
 class TestConformance(Suite):

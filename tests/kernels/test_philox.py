@@ -104,7 +104,12 @@ class TestDraws(Suite):
         words_case("captured", 7, capture=True, vmap=True),
         words_case("far", 1027, FAR),
         words_case("million", 1_000_003, interpret=False),
-        draw_case("normal", philox.normal, 1, 2, 700, vmap=True, compile=True),
+        draw_case(
+            *("normal", philox.normal, 1, 2, 700),
+            strided_interpreted=True,
+            vmap=True,
+            compile=True,
+        ),
         draw_case("normal-far", philox.normal, 1, 2, 1025, FAR, capture=False),
         draw_case("uniform", philox.uniform, 1, 2, 700, vmap=True, compile=True),
         draw_case("uniform-no-particles", philox.uniform, 2, 0, 3, capture=False),
@@ -123,12 +128,11 @@ def test_a_draw_does_not_depend_on_how_it_is_split(draw):
 @pytest.mark.parametrize("form", ["torch", "triton" if torch.cuda.is_available() else "interpret"])
 def test_the_operation_passes_opcheck(form):
     device = "cuda" if form == "triton" else "cpu"
-    keys = torch.stack([KEY, KEY + 1]).to(device)
-    origin = philox.make_origin(device=device)[None]
+    at = KEY[None].to(device), philox.make_origin(device=device)[None]
     with dispatch.use(form):
         torch.library.opcheck(
             torch.ops.fastsvi.philox_draw.default,
-            (keys, origin, 1, 2, 1, 3, philox.NORMAL, torch.float32),
+            (*at, 1, 1, 1, 3, philox.NORMAL, torch.float32),
         )
 
 

@@ -118,6 +118,8 @@ class TestConformance(Suite):
                 vmap=name == "mixed",
                 capture=name == "mixed",
                 compile=name == "mixed",
+                second=name == "mixed",
+                strided_interpreted=name == "mixed",
                 tolerance=ROUNDED if op == "unconstrain" else {},
             )
             for op in CALLS
