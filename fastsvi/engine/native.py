@@ -68,7 +68,7 @@ class NativeStep:
                     f"argument {position} of a native step must be a contiguous CPU tensor, found "
                     f"shape {tuple(tensor.shape)}, strides {tensor.stride()} on {tensor.device}"
                 )
-        self.graph = graph = record(step, self._tensors, aliases)
+        self.graph = graph = record(step, _distinct(self._tensors), aliases)
         self._check(graph)
         program = Program(graph)
         plan = schedule(program, len(state))
@@ -77,6 +77,8 @@ class NativeStep:
         self._constants = [tensor for _, tensor in program.constants]
         self._constant_pointers = _pointers(self._constants)
         self._arenas: list[Tensor] = []  # those that no thread is using
+        self._form = [(x.shape, x.dtype) for x in self._tensors]
+        self._standing = (ctypes.c_int64 * (len(self._tensors) + 1))()  # no input is stepped
         self._loss = graph.outputs[-2].value
         self._library: ctypes.CDLL | None = None
 
@@ -136,9 +138,12 @@ class NativeStep:
         count = len(self._state)
         own = self._state if state is None else state
         given = self._tensors[count:] if inputs is None else inputs
-        strides = (ctypes.c_int64 * (len(self._tensors) + 1))()
+        tensors = [*own, *given]
+        strides = self._standing
         if state is not None or inputs is not None or stepped:
-            self._compare(own, given, num_steps, stepped)
+            self._compare(tensors, len(own), num_steps, stepped)
+        if stepped:
+            strides = type(strides)()
             for position in stepped:
                 row = given[position]
                 strides[count + position] = row.stride(0) * row.element_size()
@@ -148,7 +153,7 @@ class NativeStep:
         except IndexError:
             arena = torch.empty(self.arena_bytes + ALIGNMENT, dtype=torch.uint8)
         done = self._library.run(  # type: ignore[union-attr]
-            _pointers([*own, *given]),
+            _pointers(tensors),
             strides,
             self._constant_pointers,
             -(-arena.data_ptr() // ALIGNMENT) * ALIGNMENT,
@@ -162,36 +167,36 @@ class NativeStep:
         return losses if done == num_steps else losses[:done]
 
     def _compare(
-        self,
-        state: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        num_steps: int,
-        stepped: Collection[int],
+        self, tensors: Sequence[Tensor], num_state: int, num_steps: int, stepped: Collection[int]
     ) -> None:
-        tensors = [*state, *inputs]
-        if len(state) != len(self._state) or len(tensors) != len(self._tensors):
+        if num_state != len(self._state) or len(tensors) != len(self._tensors):
             raise CaptureError(
                 f"a native step of {len(self._state)} states and "
-                f"{len(self._tensors) - len(self._state)} inputs was given {len(state)} and "
-                f"{len(inputs)}"
+                f"{len(self._tensors) - len(self._state)} inputs was given {num_state} and "
+                f"{len(tensors) - num_state}"
             )
-        rows = {len(state) + position for position in stepped}
-        for position, (old, new) in enumerate(zip(self._tensors, tensors, strict=True)):
-            shape = new.shape
+        rows = {num_state + position for position in stepped}
+        for position, (new, (shape, dtype)) in enumerate(zip(tensors, self._form, strict=True)):
+            found = new.shape
             if position in rows:
                 if new.dim() == 0 or len(new) < num_steps:
                     raise CaptureError(
                         f"argument {position} of a native step has a row for each step: "
-                        f"{num_steps} steps need more than shape {tuple(shape)}"
+                        f"{num_steps} steps need more than shape {tuple(found)}"
                     )
-                shape = shape[1:]
-            fits = shape == old.shape and new.dtype == old.dtype and new.is_contiguous()
-            if not fits or new.device != old.device:
+                found = found[1:]
+            if found != shape or new.dtype != dtype or not (new.is_cpu and new.is_contiguous()):
                 raise CaptureError(
-                    f"argument {position} of a native step was {tuple(old.shape)}, {old.dtype} "
-                    f"when it was compiled, found {tuple(shape)}, {new.dtype}, strides "
-                    f"{new.stride()} on {new.device}; record the step anew"
+                    f"argument {position} of a native step was {tuple(shape)}, {dtype} when it was "
+                    f"compiled, found {tuple(found)}, {new.dtype}, strides {new.stride()} on "
+                    f"{new.device}; record the step anew"
                 )
+
+
+def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, each given twice as an object of its own: a recording tells them apart by it."""
+    known: dict[int, Tensor] = {}
+    return [known.setdefault(id(x), x) if id(x) not in known else x.detach() for x in tensors]
 
 
 _NEVER = ctypes.c_int(0)  # a run that nobody stops

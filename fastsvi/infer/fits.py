@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsvi.engine import cuda_graph
 from fastsvi.engine.native import NativeStep
+from fastsvi.engine.native_fits import NativeFits
 from fastsvi.engine.record import Graph, record
 from fastsvi.engine.replay import ReplayStep, replay
 from fastsvi.errors import CaptureError, CheckpointError, ConstraintError
@@ -66,7 +67,7 @@ class Fits:
         self._pure: PureStep | None = None
         self._native: NativeStep | None = None
         self._replay: ReplayStep | None = None
-        self._rows: list[list[Tensor]] = []
+        self._native_fits: NativeFits | None = None
         self._graphed: Any = None  # on a GPU: the launch of a replayed step, and what it gives
         self._failed_in_a_row = torch.zeros(num_fits, dtype=torch.int64)
         self._step = 0
@@ -172,10 +173,12 @@ class Fits:
         self._failed_in_a_row = torch.zeros(self.num_fits, dtype=torch.int64)
         self._slices = data.slices()
         self._graphed = None
-        self._rows = [
-            [*(t[fit] for t in self._state), *(t[fit] for t in self._slices)]
-            for fit in range(self.num_fits)
-        ]
+        pure = self._pure
+        if self._native is not None and pure is not None:
+            num_shared = len(pure.inputs) - len(self._slices)
+            inputs = [*pure.inputs[:num_shared], *self._slices]
+            is_own = [False] * num_shared + [True] * len(self._slices)
+            self._native_fits = NativeFits(self._native, self._state, inputs, is_own)
 
     # ------------------------------------------------------------------------------------ running
 
@@ -200,37 +203,47 @@ class Fits:
         return losses.T
 
     def _run_native(self, losses: Tensor) -> None:
-        fits = self.active.nonzero().flatten().tolist()
-        workers = min(torch.get_num_threads(), len(fits))
-        if workers < 2:
-            for fit in fits:
-                self._run_one(fit, losses[fit])
+        fits = self.active.nonzero().flatten()
+        parts = fits.chunk(max(1, min(torch.get_num_threads(), len(fits))))
+        if len(parts) == 1:
+            self._run_some(parts[0], losses)
             return
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(lambda fit: self._run_one(fit, losses[fit]), fits))
+        with ThreadPoolExecutor(len(parts)) as pool:
+            list(pool.map(lambda part: self._run_some(part, losses), parts))
 
-    def _run_one(self, fit: int, losses: Tensor) -> None:
-        """The steps of one fit, of which those that are not finite are left out."""
-        native, pure, row = self._native, self._pure, self._rows[fit]
-        if native is None or pure is None:
+    def _run_some(self, fits: Tensor, losses: Tensor) -> None:
+        """The steps of some fits, of which those that are not finite are left out."""
+        native, num_steps = self._native_fits, losses.shape[1]
+        if native is None or not len(fits):
             return
-        num_state = len(self._state)
-        num_shared = len(pure.inputs) - len(self._slices)
-        inputs = [*pure.inputs[:num_shared], *row[num_state:]]
-        done, num_steps, origin = 0, len(losses), row[num_state - 1]
-        while done < num_steps:
-            taken = native.run(num_steps - done, state=row[:num_state], inputs=inputs)
-            losses[done : done + len(taken)] = taken
-            done += len(taken)
-            if len(taken):
-                self._failed_in_a_row[fit] = 0
-            if done < num_steps:
-                done += 1
-                origin[1] = self._step + done
-                self._failed_in_a_row[fit] += 1
-                if self._failed_in_a_row[fit] >= _HOPELESS:
-                    self.active[fit] = False
-                    return
+        found = torch.empty(len(fits), num_steps, dtype=losses.dtype)
+        done = native.run(fits, found)
+        halted = done < num_steps
+        self._failed_in_a_row[fits[~halted]] = 0
+        losses[fits[~halted]] = found[~halted]
+        for fit, row, count in zip(
+            fits[halted].tolist(), found[halted], done[halted].tolist(), strict=True
+        ):
+            losses[fit, :count] = row[:count]
+            self._go_on(native, fit, losses[fit], count)
+
+    def _go_on(self, native: NativeFits, fit: int, losses: Tensor, done: int) -> None:
+        """The further steps of a fit after ``done`` of them: the next one is not finite."""
+        origin, failed = self._state[-1][fit], self._failed_in_a_row
+        failed[fit] = 0 if done else failed[fit]
+        while done < len(losses):
+            done += 1  # this one is left out
+            origin[1] = self._step + done
+            failed[fit] += 1
+            if failed[fit] >= _HOPELESS:
+                self.active[fit] = False
+                return
+            if done < len(losses):
+                rest = losses[done:].unsqueeze(0)
+                taken = int(native.run(torch.tensor([fit]), rest))
+                rest[0, taken:] = torch.nan
+                failed[fit] = 0 if taken else failed[fit]
+                done += taken
 
     def _run_replayed(self, losses: Tensor) -> None:
         stopped = (~self.active).nonzero().flatten().to(losses.device)

@@ -14,9 +14,8 @@ from fastsvi.infer.fit_data import FitData
 from fastsvi.infer.fits import Fits
 from fastsvi.infer.progress import Losses
 
-# A chunk is as long as Ctrl-C and the progress bar may wait, but long enough that what a call of a
-# fit's native loop costs does not count.
-_CHUNK_SECONDS = 1.0
+# A chunk is as long as Ctrl-C and the progress bar may wait.
+_CHUNK_SECONDS = 0.2
 _FIRST_CHUNK = 4
 
 

@@ -158,9 +158,14 @@ class SVI:
     ) -> SVIRunResult:
         """Take ``num_steps`` steps with the same arguments.
 
-        What steps give does not depend on ``compile``, up to rounding. In compiled form they run
-        as native code on the CPU, from :class:`~fastsvi.infer.autoguide.AutoNormal` guides with
-        :class:`~fastsvi.infer.Trace_ELBO` and a flat Adam; other programs are run eagerly.
+        What steps give does not depend on ``compile``, up to rounding. Where the optimizer is a
+        flat one (``Adam``, ``AdamW``, ``ClippedAdam``) and nothing in the program depends on the
+        values of tensors, they are recorded: on a CPU they become native code, on a GPU a CUDA
+        graph. Other programs are run eagerly, and ``obstacle`` of the result says why.
+
+        All noise that the program draws, and the subsets of its plates, come from the seed and the
+        number of the step, so a run is repeatable and does not depend on what else draws from
+        torch's generator. (Families that are drawn by rejection, such as ``Gamma``, still do.)
 
         Args:
             num_steps: number of steps; none is allowed.
@@ -283,19 +288,16 @@ class SVI:
         ``by_counter``, as in a run, all noise is that of the fit's seed and step.
         """
         self._follow_changes()
-        undo, done = Undo(), False
-        noise_step = 0 if self._program is None else self._program.noise.step
+        undo = Undo()
         try:
             with explained(self, args, kwargs), undo:
                 loss, particles = self._accumulate(args, kwargs, by_counter)
                 if read:
                     self._require_finite(loss, args, kwargs, particles)
                 self.optim(self._targets.leaves)
-            done = True
         finally:
-            if self._program is not None and not done:
-                self._program.noise.step = noise_step
-                self._program.rehearsed &= not undo.has_removed
+            if undo.has_removed and self._program is not None:
+                self._program.rehearsed = False
         self._targets.zero_grad()
         return loss
 

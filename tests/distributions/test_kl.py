@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import fastsvi.distributions as dist
 from fastsvi.distributions import kl_divergence
+from fastsvi.engine.record import record
 
 f64 = {"dtype": torch.float64}
 
@@ -133,3 +134,16 @@ def test_monte_carlo_of_a_normal_against_a_multivariate_one():
     difference = p.log_prob(x) - q.log_prob(x)
     error = difference.std(0) / len(x) ** 0.5
     assert bool(((difference.mean(0) - kl_divergence(p, q)).abs() < 5 * error).all())
+
+
+def test_inverse_gamma_is_captured():
+    def divergence(a, b):
+        return [kl_divergence(dist.InverseGamma(a, b), dist.InverseGamma(b, a))]
+
+    a, b = positive(3), positive(3)
+    with dist.validation_enabled(False):
+        assert record(divergence, [a, b]).nodes
+        oracle = torch_kl(
+            torch.distributions.InverseGamma(a, b), torch.distributions.InverseGamma(b, a)
+        )
+        assert_close(divergence(a, b)[0], oracle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -212,6 +213,48 @@ def test_state_is_advanced_in_place_and_a_stop_is_heeded():
     assert compiled.run(1, state=other).tolist() == [5]
     assert other[1] == 3
     assert count == 5
+
+
+def test_inputs_are_those_of_the_call():
+    total = torch.zeros(2)
+    compiled = NativeStep(lambda t, x, y: (t + x * y, t.sum()), [total], [torch.ones(2)] * 2)
+    assert compiled.run(2, inputs=[torch.full((2,), 3.0), torch.ones(2)]).tolist() == [0, 6]
+    assert total.tolist() == [6, 6]
+    batches, factor = torch.arange(8.0).view(4, 2), torch.tensor([1.0, 10.0])
+    losses = compiled.run(3, inputs=[batches, factor], stepped=[0])
+    assert losses.tolist() == [12, 22, 54]
+    assert total.tolist() == [12, 96]
+    assert compiled.run(1).tolist() == [108]  # its own again
+
+
+def test_what_does_not_fit_the_step_is_refused():
+    total = torch.zeros(2)
+    compiled = NativeStep(lambda t, x: (t + x, t.sum()), [total], [torch.ones(2)])
+    with pytest.raises(CaptureError, match=r"argument 1 .* was \(2,\), torch.float32"):
+        compiled.run(1, inputs=[torch.ones(3)])
+    with pytest.raises(CaptureError, match=r"argument 0 .* found .*torch.float64"):
+        compiled.run(1, state=[total.double()])
+    with pytest.raises(CaptureError, match="strides"):
+        compiled.run(1, inputs=[torch.ones(4)[::2]])
+    with pytest.raises(CaptureError, match=r"3 steps need more than shape \(2, 2\)"):
+        compiled.run(3, inputs=[torch.ones(2, 2)], stepped=[0])
+    with pytest.raises(CaptureError, match="1 states and 1 inputs was given 1 and 2"):
+        compiled.run(1, inputs=[torch.ones(2)] * 2)
+    assert total.tolist() == [0, 0]
+
+
+def test_calls_in_several_threads_do_not_meet():
+    def step(x):
+        mixed = (x.unsqueeze(0) * x.unsqueeze(1)).sin()  # an array that lives in the arena
+        return x + 0.01 * mixed.mean(0) * mixed.sum(), mixed.sum()
+
+    starts = [torch.linspace(-1, k, 80, dtype=torch.float64) for k in range(6)]
+    compiled = NativeStep(step, [starts[0].clone()])
+    alone = [compiled.run(300, state=[start.clone()]) for start in starts]
+    with ThreadPoolExecutor(6) as pool:
+        runs = pool.map(lambda start: compiled.run(300, state=[start.clone()]), starts)
+    for one, other in zip(alone, runs, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_step_may_halt_the_run():

@@ -132,16 +132,19 @@ def test_the_same_process_may_take_it_up(path):
     assert torch.equal(run.losses, whole.losses)
 
 
-def test_batches_are_passed_over(path):
+@pytest.mark.parametrize("compile", [False, True])
+def test_batches_are_passed_over(path, compile):
     batches = [DATA[:2], DATA[2:], DATA[1:3]]
 
     def go(steps, **options):
         svi = fresh(seed=1)
-        return svi.run(steps, batches=batches, progress_bar=False, compile=False, **options)
+        return svi.run(steps, batches=batches, progress_bar=False, compile=compile, **options)
 
     whole = go(20)
     go(7, checkpoint=path)
-    assert torch.equal(go(20, checkpoint=path).losses, whole.losses)
+    run = go(20, checkpoint=path)
+    assert torch.equal(run.losses, whole.losses)
+    assert run.native_steps == (13 if compile else 0)
 
 
 def test_parameters_that_appear_late(path):

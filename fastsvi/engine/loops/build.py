@@ -18,7 +18,9 @@ from fastsvi.errors import CaptureError
 # is kept from assuming that NaN and infinities do not occur, and stays away from the linker,
 # where it would switch off denormal numbers for the whole process.
 _COMPILE = ["-O3", "-march=native", "-fopenmp-simd", "-ffast-math"]
-_COMPILE += ["-fno-finite-math-only", "-D__FAST_MATH__", "-std=c++17", "-nostdinc++", "-fPIC", "-c"]
+_COMPILE += ["-fno-finite-math-only", "-D__FAST_MATH__", "-std=c++17"]
+# <math.h> is to be that of C: the one of C++ takes longer to parse than a small step to compile.
+_COMPILE += ["-nostdinc++", "-fPIC", "-c"]
 _LINK = ["-shared"]
 
 
@@ -94,7 +96,7 @@ def compile_source(source: str) -> Path:
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The compiled library, with its one function declared."""
+    """The compiled library, with its functions declared."""
     library = ctypes.CDLL(str(path))
     library.run.restype = ctypes.c_int64
     pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -102,5 +104,11 @@ def load(path: Path) -> ctypes.CDLL:
         *(ctypes.POINTER(pointer), ctypes.POINTER(number), ctypes.POINTER(pointer)),
         *(pointer, pointer, number),
         *(ctypes.POINTER(ctypes.c_int), ctypes.POINTER(pointer)),
+    ]
+    library.run_many.restype = None
+    library.run_many.argtypes = [
+        *(number, pointer, number, ctypes.POINTER(number), ctypes.POINTER(pointer)),
+        *(pointer, pointer, number, number),
+        *(ctypes.POINTER(ctypes.c_int), ctypes.POINTER(pointer), pointer),
     ]
     return library

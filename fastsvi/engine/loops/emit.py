@@ -25,6 +25,16 @@ _JOIN = {
     "put": "{1}",
 }
 
+# As ``run``, for many fits one after the other: a row of inputs and a row of losses for each.
+_RUN_MANY = """
+extern "C" void run_many(int64_t fits, void** inputs, int64_t count, const int64_t* strides,
+                         void** constants, char* arena, char* losses, int64_t loss_bytes,
+                         int64_t steps, const volatile int* stop, void** blas, int64_t* done) {
+  for (int64_t fit = 0; fit < fits; ++fit)
+    done[fit] = run(inputs + fit * count, strides, constants, arena, losses + fit * loss_bytes,
+                    steps, stop, blas);
+}""".splitlines()
+
 
 def emit(program: Program, plan: Schedule, num_state: int) -> tuple[str, int]:
     """C++ of the whole program, and the bytes of working memory that it needs.
@@ -81,6 +91,7 @@ def emit(program: Program, plan: Schedule, num_state: int) -> tuple[str, int]:
         "}",
         "return steps;",
         "}",
+        *_RUN_MANY,
         "",
     ]
     text = "\n".join(lines)

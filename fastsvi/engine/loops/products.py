@@ -167,6 +167,8 @@ def _text(out: Array, a: Value, b: Value) -> Callable[[], str]:
             return _multiply(out, first, second, out.name, *result.strides)
         batch, m, k, n = a.shape[0], *a.shape[1:], b.shape[2]
         step_a, step_b = left.strides[0], right.strides[0]
+        if batch == 1:
+            return _multiply(out, first, second, out.name, n, 1)
         # One matrix with a batch of vectors, or of stacked rows, is one product.
         if step_a == 0 and n == 1 and step_b >= k:
             vectors = _Matrix(y, batch, k, step_b, 1)

@@ -161,14 +161,8 @@ class AutoContinuous(AutoGuide):
         return self._constrained(posterior.sample(as_shape(sample_shape)))
 
 
-class AutoDiagonalNormal(AutoContinuous):
-    """A normal with diagonal covariance; parameters ``loc`` and ``scale``, both ``[latent_dim]``.
-
-    The same family as :class:`AutoNormal`, which names its parameters after the sites.
-
-    Args:
-        init_scale: initial standard deviation of each unconstrained coordinate.
-    """
+class _ScaledNormal(AutoContinuous):
+    """What the three normals share: parameters ``loc`` and ``scale``, both ``[latent_dim]``."""
 
     scale_constraint = constraints.softplus_positive
 
@@ -186,6 +180,16 @@ class AutoDiagonalNormal(AutoContinuous):
         loc = self._init_loc()
         self.loc: Any = nn.Parameter(loc)
         self.scale: Any = PyroParam(torch.full_like(loc, self._init_scale), self.scale_constraint)
+
+
+class AutoDiagonalNormal(_ScaledNormal):
+    """A normal with diagonal covariance; parameters ``loc`` and ``scale``, both ``[latent_dim]``.
+
+    The same family as :class:`AutoNormal`, which names its parameters after the sites.
+
+    Args:
+        init_scale: initial standard deviation of each unconstrained coordinate.
+    """
 
     def get_base_dist(self) -> Any:
         """A standard normal."""
@@ -204,7 +208,7 @@ class AutoDiagonalNormal(AutoContinuous):
         return self.loc, self.scale
 
 
-class AutoMultivariateNormal(AutoContinuous):
+class AutoMultivariateNormal(_ScaledNormal):
     """A normal with full covariance.
 
     Parameters: ``loc`` and ``scale``, ``[latent_dim]``, and a unit lower triangular ``scale_tril``;
@@ -214,23 +218,11 @@ class AutoMultivariateNormal(AutoContinuous):
         init_scale: initial standard deviation of each unconstrained coordinate.
     """
 
-    scale_constraint = constraints.softplus_positive
     scale_tril_constraint = constraints.unit_lower_cholesky
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float = 0.1,
-    ) -> None:
-        self._init_scale = check_init_scale(init_scale)
-        super().__init__(model, init_loc_fn=init_loc_fn)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        loc = self._init_loc()
-        self.loc: Any = nn.Parameter(loc)
-        self.scale: Any = PyroParam(torch.full_like(loc, self._init_scale), self.scale_constraint)
+        loc = self._init_loc()  # reading self.loc would be a param statement
         identity = torch.eye(self.latent_dim, dtype=loc.dtype, device=loc.device)
         self.scale_tril: Any = PyroParam(identity, self.scale_tril_constraint)
 
@@ -253,7 +245,7 @@ class AutoMultivariateNormal(AutoContinuous):
         return self.loc, self._cholesky().pow(2).sum(-1).sqrt()
 
 
-class AutoLowRankMultivariateNormal(AutoContinuous):
+class AutoLowRankMultivariateNormal(_ScaledNormal):
     """A normal whose correlations have low rank.
 
     Parameters: ``loc`` and ``scale``, ``[latent_dim]``, and ``cov_factor``, ``[latent_dim, rank]``;
@@ -264,8 +256,6 @@ class AutoLowRankMultivariateNormal(AutoContinuous):
         rank: columns of ``cov_factor``; by default the square root of ``latent_dim``, rounded.
     """
 
-    scale_constraint = constraints.softplus_positive
-
     def __init__(
         self,
         model: Callable[..., Any],
@@ -273,22 +263,19 @@ class AutoLowRankMultivariateNormal(AutoContinuous):
         init_scale: float = 0.1,
         rank: int | None = None,
     ) -> None:
-        self._init_scale = check_init_scale(init_scale)
         if rank is not None and (not isinstance(rank, int) or rank <= 0):
             raise ConstraintError(f"rank must be a positive integer or None, found {rank!r}")
         self.rank = rank
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        super().__init__(model, init_loc_fn, init_scale)
+        # Half of the initial variance is on the diagonal, half (on average) in the factor.
+        self._init_scale *= 0.5**0.5
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        loc = self._init_loc()
-        self.loc: Any = nn.Parameter(loc)
         if self.rank is None:
             self.rank = round(self.latent_dim**0.5)
-        # Half of the initial variance is on the diagonal, half (on average) in the factor.
-        scale = torch.full_like(loc, 0.5**0.5 * self._init_scale)
-        self.scale: Any = PyroParam(scale, self.scale_constraint)
-        factor = loc.new_empty(self.latent_dim, self.rank)
+        # Reading self.loc would be a param statement.
+        factor = self._init_loc().new_empty(self.latent_dim, self.rank)
         self.cov_factor = nn.Parameter(factor.normal_(0, self.rank**-0.5))
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
