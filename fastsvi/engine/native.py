@@ -79,7 +79,7 @@ class NativeStep:
         self._arenas: list[Tensor] = []  # those that no thread is using
         self._form = [(x.shape, x.dtype) for x in self._tensors]
         self._standing = (ctypes.c_int64 * (len(self._tensors) + 1))()  # no input is stepped
-        self._loss = graph.outputs[-2].value
+        self._loss = graph.outputs[-2]
         self._library: ctypes.CDLL | None = None
 
     def _check(self, graph: Graph) -> None:

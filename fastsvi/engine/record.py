@@ -29,22 +29,24 @@ aten = torch.ops.aten
 
 @dataclass(eq=False)
 class Node:
-    """One operation, input or constant, and the tensor that it was in the recorded run."""
+    """One operation, input or constant of a recorded run.
+
+    ``value`` is the tensor of an input or a constant; that of an operation was let go.
+    """
 
     op: Any  # an OpOverload, "input", "constant", or ("item", OpOverload, position)
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    value: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    value: Tensor | None = None
     users: int = 0
     where: str = ""  # the statement of the user that made it
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.value.dtype
+    @classmethod
+    def holding(cls, kind: str, tensor: Tensor) -> Node:
+        """An input or a constant."""
+        return cls(kind, (), {}, tuple(tensor.shape), tensor.dtype, tensor)
 
     @property
     def is_constant(self) -> bool:
@@ -98,6 +100,8 @@ def _difference(mine: Any, its: Any, twin: dict[Node, Node]) -> str | None:
             return None if twin.get(mine) is its else "the operands have changed"
         twin[mine] = its
         one, other = mine.value, its.value
+        if one is None or other is None:
+            return "the operands have changed"
         same = one.shape == other.shape and one.dtype == other.dtype
         if same and (one.data_ptr() == other.data_ptr() or _are_equal(one, other)):
             return None
@@ -153,13 +157,15 @@ class _Recorder(TorchDispatchMode):
         # Views of what was changed in place since, by id: the base, and how they come of it.
         self._stale: dict[int, tuple[Tensor, list[Node] | None]] = {}
         self._paths: dict[int, list[Node]] = {}  # of views that were changed: how they were made
-        self._alive: list[Tensor] = []  # an id names its tensor only while the tensor lives
+        # An id names its tensor only while the tensor lives. None is kept alive for its name:
+        # what a wide model computes is let go as it is in an eager step.
+        self._alive: dict[int, weakref.ref[Tensor]] = {}
         self._seen: dict[Any, Node] = {}
         self._table = decompositions()
 
     def input(self, tensor: Tensor) -> Node:
         self._own.add(tensor.untyped_storage().data_ptr())
-        return self._bind(tensor, Node("input", (), {}, tensor))
+        return self._bind(tensor, Node.holding("input", tensor))
 
     def alias(self, tensor: Tensor, part: Tensor) -> None:
         self._bind(tensor, self.node_of(part))
@@ -169,16 +175,22 @@ class _Recorder(TorchDispatchMode):
             return self._anew(tensor)
         node = self._node_of.get(id(tensor))
         if node is None:
-            node = self._bind(tensor, Node("constant", (), {}, tensor.detach()))
+            node = self._bind(tensor, Node.holding("constant", tensor.detach()))
             place = tensor.untyped_storage().data_ptr()
             if not tensor.is_inference() and place not in self._own:
                 self.read.append((weakref.ref(tensor), tensor._version))
         return node
 
     def _bind(self, tensor: Tensor, node: Node) -> Node:
-        self._node_of[id(tensor)] = node
-        self._alive.append(tensor)
+        key = id(tensor)
+        self._node_of[key] = node
+        if key not in self._alive:
+            self._alive[key] = weakref.ref(tensor, lambda _: self._forget(key))
         return node
+
+    def _forget(self, key: int) -> None:
+        for table in (self._alive, self._node_of, self._stale, self._paths):
+            table.pop(key, None)  # type: ignore[attr-defined]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -249,8 +261,10 @@ class _Recorder(TorchDispatchMode):
     def _let_go_stale(self, base: Tensor) -> None:
         """Views of ``base``, which is about to change, are to be made anew when they are used."""
         memory, end = base.untyped_storage().data_ptr(), self.node_of(base)
-        for tensor in self._alive:
-            if tensor is base or id(tensor) in self._stale or id(tensor) not in self._node_of:
+        if end.is_constant and end.value is not None:
+            end.value = end.value.clone()  # what it was is still an operand
+        for tensor in [reference() for reference in self._alive.values()]:
+            if tensor is None or tensor is base or id(tensor) in self._stale:
                 continue
             if tensor.untyped_storage().data_ptr() == memory:
                 chain = self._chain(self._node_of[id(tensor)], end)
@@ -290,14 +304,12 @@ class _Recorder(TorchDispatchMode):
         if chain is None:
             raise self._changes_in_place(func)
         self._paths[id(view)] = chain
-        for node in chain:
-            changed = _WRITE_BACK[node.op](self._tensor_of(node.args[0]), changed, *node.args[1:])
+        parents = [base]
+        for node in reversed(chain[1:]):
+            parents.append(node.op(parents[-1], *node.args[1:]))
+        for node, parent in zip(chain, reversed(parents), strict=True):
+            changed = _WRITE_BACK[node.op](parent, changed, *node.args[1:])
         return changed
-
-    def _tensor_of(self, node: Node) -> Tensor:
-        """A tensor that stands for ``node``."""
-        self._bind(node.value, node)
-        return node.value
 
     def _changes_in_place(self, func: Any) -> CaptureError:
         return CaptureError(
@@ -309,7 +321,7 @@ class _Recorder(TorchDispatchMode):
         key = (op, _identity(args), _identity(sorted(kwargs.items())))
         node = self._seen.get(key)
         if node is None:
-            node = Node(op, args, kwargs, value.detach(), where=statement())
+            node = Node(op, args, kwargs, tuple(value.shape), value.dtype, where=statement())
             self._seen[key] = node
             self.nodes.append(node)
         return node

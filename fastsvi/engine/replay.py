@@ -30,7 +30,7 @@ def replay(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
     several: dict[Any, Any] = {}  # results of operations that return more than one tensor
 
     def value(node: Node) -> Tensor:
-        return node.value if node.is_constant else values[node]
+        return values[node] if node.value is None or node in values else node.value
 
     for node in graph.nodes:
         args, kwargs = tree_map_only(Node, value, (node.args, node.kwargs))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -83,11 +85,45 @@ def test_changes_in_place_reach_every_view():
     torch.testing.assert_close(replay(graph, [x]), changes_views(x))
 
 
+def fills_a_constant(x):
+    filled = torch.zeros(3)
+    filled.copy_(x)
+    filled += 1
+    ones = torch.ones(3)
+    ones.mul_(x)
+    return [filled * 2, ones + filled]
+
+
+def test_a_constant_that_is_written_to_keeps_what_it_was():
+    graph = record(fills_a_constant, [torch.randn(3)])
+    for x in (torch.randn(3), torch.zeros(3)):
+        torch.testing.assert_close(replay(graph, [x]), fills_a_constant(x))
+
+
+def test_what_a_recorded_function_lets_go_is_not_kept():
+    alive = []
+
+    def function(x):
+        for _ in range(5):
+            x = x * 2
+            alive.append(weakref.ref(x))
+        return [x.sum()]
+
+    record(function, [torch.ones(100)])
+    assert [reference() is None for reference in alive] == [True] * 5
+
+
 def test_a_change_that_cannot_be_traced_back_is_refused():
     def strided(x):
         k = x * 2
         k.as_strided((2,), (4,)).add_(1)
         return [k]
 
-    with pytest.raises(CaptureError, match="changes a tensor in place"):
-        record(strided, [torch.randn(3, 3)])
+    def part_of_a_constant(x):
+        k = torch.zeros(3)
+        k[0] = x.sum()
+        return [k]
+
+    for function in (strided, part_of_a_constant):
+        with pytest.raises(CaptureError, match="changes a tensor in place"):
+            record(function, [torch.randn(3, 3)])

@@ -204,17 +204,17 @@ def test_a_loss_with_exact_divergences_is_captured(name):
 
 
 def test_what_draws_by_rejection_stays_eager_and_is_named():
-    def guide(x, y):
-        by_hand_but_noise(x, y)
-        pyro.sample("noise", dist.Gamma(pyro.param("shape", torch.tensor(2.0)), 4.0))
+    def model(y):
+        count = pyro.sample("count", dist.Poisson(3.0))
+        pyro.sample("y", dist.Normal(count, 1.0), obs=y)
 
-    def by_hand_but_noise(x, y):
-        loc = pyro.param("loc", torch.zeros(3))
-        pyro.sample("weight", dist.Normal(loc, 0.1).to_event(1))
+    def guide(y):
+        rate = pyro.param("rate", torch.tensor(2.0), constraint=constraints.positive)
+        pyro.sample("count", dist.Poisson(rate))
 
-    svi = SVI(regression, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO(), seed=7)
-    message = r"dist.Gamma.*draws from torch's generator"
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO(), seed=7)
+    message = r"dist.Poisson\(rate\).*draws from torch's generator"
     with pytest.warns(pyro.errors.FastSVIWarning, match=message):
-        result = svi.run(10, x, y, progress_bar=False, compile=True)
+        result = svi.run(10, torch.tensor(4.0), progress_bar=False, compile=True)
     assert result.native_steps == 0
     assert len(result.losses) == 10
