@@ -248,7 +248,9 @@ class _Recorder(TorchDispatchMode):
             if twin is None:
                 result = args[1].expand(target.shape).to(target.dtype)
             else:
-                result = getattr(twin, func._overloadname)(*args, **kwargs)
+                # `pow.Scalar` has a number as its base, unlike `pow_.Scalar`.
+                overload = "Tensor_Scalar" if func is aten.pow_.Scalar else func._overloadname
+                result = getattr(twin, overload)(*args, **kwargs)
             whole = self._written_back(target, result, func) if target._base is not None else None
         node, base = self.node_of(result), target if whole is None else target._base
         self._let_go_stale(base)

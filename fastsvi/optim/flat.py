@@ -9,7 +9,7 @@ programs one run covers the buffer. A step that leaves out part of a cohort spli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter, is_
@@ -79,14 +79,16 @@ class FlatAdam:
     def __init__(self, buffer: Buffer, family: Family, locate: Locate) -> None:
         self.buffer = buffer
         self.family = family
-        self.version = [0]  # changes with options and cohorts; a list, to be shared with plans
+        # Counts of changes; lists, to be shared with plans.
+        self.version = [0]  # of options and cohorts
+        self.rates = [0]  # of learning rates
         self._locate = locate
         self._exp_avg = buffer.companion()
         self._exp_avg_sq = buffer.companion()
         self._members = WeakTensorKeyDictionary()
         self._steps = torch.zeros(0, dtype=buffer.dtype, device=buffer.device)  # [runs]
         self._runs: list[_Run] = []
-        self._arranged = (-1, -1)
+        self._arranged = (-1, -1, -1)
         self._next_cohort = 0
         self._starting: dict[float, int] = {}  # step count -> cohort of leaves that came with it
         self._plans: dict[tuple[int, ...], FlatPlan] = {}
@@ -165,12 +167,14 @@ class FlatAdam:
     def _options_changed(self, member: _Member) -> None:
         options = member.options
         require_in_range(options, f"options of parameter '{member.name}'")
-        member.rule = self.family.rule(options, member.clips)
+        rule, member.rule = member.rule, self.family.rule(options, member.clips)
         if not _is_same(options["lr"], member.shown_lr):
             decay = 1.0 if member.lrd == 1.0 else member.lrd ** float(self._step_of(member))
             member.shown_lr = options["lr"]
             member.lr = options["lr"] / decay if decay != 1.0 else options["lr"]
-        self.version[0] += 1
+            self.rates[0] += 1
+        if member.rule != rule:
+            self.version[0] += 1
 
     # --- cohorts and runs ---------------------------------------------------------------------
 
@@ -199,8 +203,13 @@ class FlatAdam:
     def arrange(self) -> None:
         """Bring runs and step counts up to date with layout, options and cohorts."""
         layout = self.buffer.layout  # moves newcomers in, which may change the version
-        if self._arranged == (self.buffer.version, self.version[0]):
+        if self._arranged == (self.buffer.version, self.version[0], self.rates[0]):
             return
+        if self._arranged[:2] == (self.buffer.version, self.version[0]):
+            if _are_shared(self._runs, self._members.values()):
+                self._arranged = (*self._arranged[:2], self.rates[0])
+                return
+            self.version[0] += 1  # runs come apart; whoever planned with them must plan anew
         runs: list[_Run] = []
         steps: list[float | Tensor] = []
         for member in self._members.values():
@@ -227,7 +236,7 @@ class FlatAdam:
         self._steps = _vector(steps, like=self._steps)
         self._starting = {}
         self._plans = {}
-        self._arranged = (self.buffer.version, self.version[0])
+        self._arranged = (self.buffer.version, self.version[0], self.rates[0])
 
     # --- steps --------------------------------------------------------------------------------
 
@@ -288,7 +297,9 @@ class FlatPlan:
         self.views = [grad[s.slice].view(s.shape) for s in segments if s is not None]
         self._grads = list(self.views)  # bound gradients, when last seen
         self._pointers = list(map(Tensor.data_ptr, leaves))
-        self._engine_version = engine.version
+        self._engine_version, self._engine_rates = engine.version, engine.rates
+        self._seen_rates = engine.rates[0]
+        self._capturable = capturable
         self._versions = buffer.version, engine.version[0]
         self._rates: list[tuple[Tensor, list[_Member | None]]] = []
         rules = {member.run: member.rule for member in self._members}
@@ -304,7 +315,18 @@ class FlatPlan:
             self.buffer.version == self._versions[0]
             and self._engine_version[0] == self._versions[1]
             and list(map(Tensor.data_ptr, self.leaves)) == self._pointers
+            and (self._engine_rates[0] == self._seen_rates or self._follow_rates())
         )
+
+    def _follow_rates(self) -> bool:
+        """Whether learning rates that have changed are still shared within every run.
+
+        Those of a capturable plan are in tensors, which :meth:`refresh` brings up to date.
+        """
+        if not self._capturable or not _are_shared(self._runs, self._members):
+            return False
+        self._seen_rates = self._engine_rates[0]
+        return True
 
     @property
     def state(self) -> list[Tensor]:
@@ -424,6 +446,15 @@ def _joins(before: _Member | None, after: _Member | None) -> bool:
         return before is after
     # A norm is clipped for each parameter, so those stay apart.
     return before.key == after.key and before.rule.clip_norm is None
+
+
+def _are_shared(runs: Sequence[_Run], members: Iterable[_Member]) -> bool:
+    """Whether members of one run have one learning rate."""
+    for member in members:
+        leader = runs[member.run].member if 0 <= member.run < len(runs) else None
+        if leader is None or not _is_same(member.lr, leader.lr):
+            return False
+    return True
 
 
 def _is_same(rate: float | Tensor, other: float | Tensor) -> bool:

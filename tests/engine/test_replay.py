@@ -76,6 +76,7 @@ def changes_views(x):
     first.mul_(3)
     square = k.T.square()
     k.add_(1)
+    k[1].pow_(2)
     return [square, first + 0, k]
 
 

@@ -15,14 +15,6 @@ from fastsvi.infer.autoguide import AutoNormal
 from fastsvi.infer.captured import CapturedStep
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("FASTSVI_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 def schools(sigma, y):
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
@@ -290,6 +282,24 @@ def test_what_varies_otherwise_is_captured_a_bounded_number_of_times():
         run = svi.run(3, rows[:30], answers[:30], **quietly)
     assert svi._captures.count == 8
     assert "argument" in run.obstacle
+
+
+def test_learning_rates_may_change_without_a_capture():
+    def losses(compile):
+        options = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.7}
+        scheduler = pyro.optim.ExponentialLR(options)
+        svi, _ = prepared(schools, schools_data, 2, scheduler, steps=1)
+        runs = []
+        for _ in range(10):
+            run = svi.run(20, *schools_data, progress_bar=False, compile=compile)
+            runs.append(run.losses)
+            assert run.obstacle is None or not compile
+            scheduler.step()
+        return torch.cat(runs), svi._captures.count
+
+    captured, count = losses(True)
+    assert count == 1
+    torch.testing.assert_close(captured, losses(False)[0], rtol=1e-4, atol=1e-3)
 
 
 def test_batches_of_two_sizes_are_captured_twice():

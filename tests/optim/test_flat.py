@@ -364,9 +364,26 @@ def test_refresh_follows_the_learning_rate():
     (plan,) = optimizer.capture(leaves)
     rate = plan.state[-1]
     optimizer.optim_objs[leaves[0]].param_groups[0]["lr"] = 0.025
-    assert not plan.is_current()
+    assert plan.is_current()  # rates are data of the plan
     plan.refresh()
     assert rate.tolist() == [0.025]
+
+
+def test_learning_rates_that_part_within_a_run_need_another_plan():
+    leaves = add_params((3,), (2,))
+    optimizer = optim.Adam({"lr": 0.1})
+    (plan,) = optimizer.capture(leaves)
+    groups = [optimizer.optim_objs[leaf].param_groups[0] for leaf in leaves]
+    groups[0]["lr"] = 0.025
+    assert not plan.is_current()
+    (plan,) = optimizer.capture(leaves)
+    assert plan.state[-1].tolist() == [0.025, 0.1]
+    groups[1]["lr"] = 0.2
+    assert plan.is_current()
+    plan.refresh()
+    torch.testing.assert_close(plan.state[-1], torch.tensor([0.025, 0.2]).to(plan.state[-1]))
+    groups[1]["weight_decay"] = 0.5  # an option that is no data
+    assert not plan.is_current()
 
 
 def test_a_step_with_a_nonfinite_gradient_can_be_skipped():

@@ -64,10 +64,10 @@ def _subsets(
     names = ", ".join(x.name for x in (array, *sources))
     numbers = f"{draw}, {fits}, {size}, {count}"
     if size <= subsample.SORTED_SIZE:
-        call = f"subset_sorted({names}, {numbers}); // philox_"
+        call = f"subset_sorted({names}, {numbers});"
     else:
         rows, columns = subsample.grid_of(size)
-        call = f"subset_walked({names}, {numbers}, {rows}, {columns}); // philox_"
+        call = f"subset_walked({names}, {numbers}, {rows}, {columns});"
     program.call([array], lambda: call, sources)
     return of_array(array)
 

@@ -66,6 +66,8 @@ class Program:
     def _value(self, node: Node) -> Value:
         value = self._values.get(node)
         if value is None:
+            if node.value is None:
+                raise CaptureError(f"`{node.name}` at {node.where} is used before it is computed")
             value = self._values[node] = self._constant(node.value)
         return value
 

@@ -246,18 +246,19 @@ template <class T> INLINE T erfinv(T argument) {
 }  // namespace fn
 """
 
-# Pieces of code and the text whose presence in a program calls for them.
+# Pieces of code, and the texts of which one in a program calls for them.
 _PIECES = [
-    ("gamma(", _GAMMA),
-    ("erfinv(", _ERFINV),
-    ("matrix_", prelude_linear.PRODUCTS),
-    ("running_", _RUNNING),
-    ("linear_", prelude_linear.FACTORIZATIONS),
-    ("philox_", prelude_noise.NOISE),
-    ("subset_", prelude_noise.SUBSETS),
+    (("gamma(",), _GAMMA),
+    (("erfinv(",), _ERFINV),
+    (("running_",), _RUNNING),
+    (("matrix_",), prelude_linear.PRODUCTS),
+    (("linear_",), prelude_linear.FACTORIZATIONS),
+    (("philox_", "subset_"), prelude_noise.NOISE),
+    (("subset_",), prelude_noise.SUBSETS),
 ]
 
 
 def prelude_for(program: str) -> str:
     """The code that ``program`` builds on."""
-    return _BASE + "".join(piece for mark, piece in _PIECES if mark in program)
+    needed = (piece for marks, piece in _PIECES if any(mark in program for mark in marks))
+    return "".join([_BASE, *needed])

@@ -134,6 +134,7 @@ def _recompute(
         for reader in reading:
             if place[reader] in others:
                 del reader.loads[array]
+                reader.work += first.work
                 for source, places in first.loads.items():
                     reader.loads[source] = reader.loads.get(source, set()) | places
                     readers[source].append(reader)
