@@ -103,11 +103,16 @@ class PureStep:
         args, kwargs = self._arguments.with_leaves(self.lifted.replaced())
         loss, surrogate, leaves = self._loss(keys, origin, args, kwargs)
         grad = self._gradient(flat, surrogate, leaves)
-        finite = torch.isfinite(grad).all() & torch.isfinite(loss)
-        grad = torch.where(finite, grad, math.nan)  # so that the update skips this step
-        new = self._update(flat.detach(), grad, moments, skipped)
-        origin = torch.where(finite, origin + self._one_step, origin)
-        return [*new, origin, loss, ~finite]
+        if self._update.sees_all:
+            # A loss that is not finite makes the gradient so, for which the update looks anyway.
+            new = self._update(flat.detach(), grad + loss * 0, moments, skipped)
+            halt = new[-1] != skipped
+        else:
+            halt = ~(torch.isfinite(grad).all() & torch.isfinite(loss))
+            grad = torch.where(halt, math.nan, grad)  # so that all parts of the update skip this
+            new = self._update(flat.detach(), grad, moments, skipped)
+        origin = torch.where(halt, origin, origin + self._one_step)
+        return [*new, origin, loss, halt]
 
     def take(self) -> Tensor:
         """Take the step on the live state, in place; returns its loss.

@@ -165,7 +165,7 @@ class SVI:
 
         All noise that the program draws, and the subsets of its plates, come from the seed and the
         number of the step, so a run is repeatable and does not depend on what else draws from
-        torch's generator. (Families that are drawn by rejection, such as ``Gamma``, still do.)
+        torch's generator. (A few families, such as ``Poisson`` and ``Binomial``, still do.)
 
         Args:
             num_steps: number of steps; none is allowed.

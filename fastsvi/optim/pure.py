@@ -18,12 +18,14 @@ class PureUpdate:
             parameters and the count of skipped steps.
         rates: the learning rates, which ``plan.refresh`` keeps up to date.
         skipped: count of steps that were left out because a gradient was not finite.
+        sees_all: whether one launch looks at the whole gradient, so that it is left out as a whole.
     """
 
     def __init__(self, plan: FlatPlan) -> None:
         self._plan = plan
         self.moments = plan.state[:3]
         *self.rates, self.skipped = plan.state[3:]
+        self.sees_all = len(plan._launches) == 1
 
     def __call__(
         self, flat: Tensor, grad: Tensor, moments: Sequence[Tensor], skipped: Tensor

@@ -159,6 +159,20 @@ def test_a_non_finite_step_ends_the_run_and_changes_nothing():
     torch.testing.assert_close(values(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("optim", [None, lambda name: {"lr": 0.1, "eps": 1e-8 * len(name)}])
+def test_a_loss_without_gradient_counts_too(optim):
+    def model(limit):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("wall", torch.where(x.detach() > limit, -torch.inf, 0.0))
+
+    limit = torch.full((2,), 1.0)[0]
+    optim = optim and pyro.optim.Adam(optim)
+    svi, _ = prepared(model, (limit,), 1, optim)
+    losses = CapturedStep(svi, Arguments((limit,), {})).run(2000)
+    assert 0 < len(losses) < 2000
+    assert losses.isfinite().all()
+
+
 def test_python_state_that_changes_is_noticed():
     count = [0]
 
