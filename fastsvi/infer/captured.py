@@ -8,6 +8,7 @@ tensors has changed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 # Steps of eager and native form differ by rounding only: some hundred operations in a row, and
 # reductions in another order.
 _TOLERANCE = 1e-3
+# Time in steps between two looks at Python state, over the time that a look takes.
+_LOOKS_APART = 20
 
 
 class Disagreement(CaptureError):
@@ -75,7 +78,10 @@ class CapturedStep:
         self.lifted = frozenset(lifted)
         self.pure = PureStep(svi, arguments, sorted(lifted))
         self.is_checked = False
+        start = time.perf_counter()
         self.loop, self.graph = self._loop(self.pure)
+        self._look_seconds = time.perf_counter() - start  # what a look at Python state costs
+        self._seconds_since = 0.0  # in steps, since the latest look
 
     def _loop(self, pure: PureStep) -> tuple[Loop, Graph | None]:
         """The steps in the fast form of their device, and their recording if that has one."""
@@ -118,17 +124,23 @@ class CapturedStep:
         self.is_checked = True
         return loss
 
+    def is_due(self) -> bool:
+        """Whether to :meth:`check_again`: so seldom that it takes a twentieth of the time."""
+        return self._seconds_since > _LOOKS_APART * self._look_seconds
+
     def check_again(self) -> None:
         """Record the step anew and compare the recordings.
 
         Raises:
             CaptureError: they differ; the message names the statement.
         """
+        start, self._seconds_since = time.perf_counter(), 0.0
         if self.graph is None:
             return
         with checking(False):
             anew = record(self.pure, [*self.pure.state, *self.pure.inputs], self.pure.aliases)
         difference = self.graph.difference(anew)
+        self._look_seconds = time.perf_counter() - start
         if difference is not None:
             raise CaptureError(
                 f"something outside of the tensors has changed since the step was captured, such "
@@ -141,7 +153,9 @@ class CapturedStep:
     def run(self, num_steps: int, arguments: Arguments | None = None) -> Tensor:
         """Take steps; returns their losses, fewer than asked for if one was not finite."""
         self.pure.begin(arguments or self.arguments)
+        start = time.perf_counter()
         losses = self.loop.run(num_steps)
+        self._seconds_since += time.perf_counter() - start
         self.pure.advance(len(losses))
         return losses
 
@@ -154,7 +168,9 @@ class CapturedStep:
         num_others = len(pure.inputs) - len(pure.lifted.tensors)
         inputs = [*pure.inputs[:num_others], *pure.lifted.stacked(batches)]
         stepped = range(num_others, len(inputs))
+        start = time.perf_counter()
         losses = self.loop.run(len(batches), inputs=inputs, stepped=stepped)
+        self._seconds_since += time.perf_counter() - start
         pure.advance(len(losses))
         return losses
 

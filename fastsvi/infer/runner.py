@@ -34,8 +34,6 @@ _WORTH_SECONDS = 0.3
 # A native chunk is as long as Ctrl-C and the progress bar may wait.
 _CHUNK_SECONDS = 0.1
 _FIRST_CHUNK = 16
-# Native steps before Python state is looked at again, and the factor to the next time.
-_FIRST_LOOK, _LOOK_FACTOR = 1000, 4
 
 
 class Runner:
@@ -82,7 +80,6 @@ class Runner:
         self._builder: threading.Thread | None = None
         self._failure: CaptureError | None = None
         self._chunk = _FIRST_CHUNK
-        self._next_look = _FIRST_LOOK
 
     def advance(self, losses: Losses, *, read: bool = True) -> Any:
         """Take one or more steps, append their losses and return the last.
@@ -235,8 +232,7 @@ class Runner:
             return self._advance_eagerly()
 
     def _advance_native(self, step: CapturedStep) -> Tensor:
-        if self.native_steps >= self._next_look:
-            self._next_look *= _LOOK_FACTOR
+        if step.is_due():
             try:
                 step.check_again()
             except CaptureError as error:

@@ -371,6 +371,23 @@ def test_run_notices_python_state_and_goes_on_eagerly():
     assert run.native_steps == 0
 
 
+def test_python_state_that_changes_later_is_noticed_at_a_look(monkeypatch):
+    width = [1.0]
+    monkeypatch.setattr("fastsvi.infer.captured._LOOKS_APART", 0)
+
+    def model():
+        pyro.sample("x", dist.Normal(0.0, width[0]))
+
+    svi, _ = prepared(model, (), 1)
+    quietly = {"progress_bar": False, "compile": True}
+    assert svi.run(50, **quietly).obstacle is None
+    width[0] = 1.0001  # far too little to show in a comparison of losses
+    message = r"0.5 has become 0.49990.*test_captured.py"
+    with pytest.warns(pyro.errors.FastSVIWarning, match=message):
+        run = svi.run(50, **quietly)
+    assert "Pass what changes as an argument" in run.obstacle
+
+
 def test_run_stops_at_a_non_finite_step_with_the_site():
     def model(limit):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
