@@ -20,21 +20,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import re
+import math
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.machine import machine, short_name
 from fastsvi.kernels import adam, dispatch, log_prob, normal, philox, transforms
 from fastsvi.kernels.segment_table import EXP, IDENTITY, SIGMOID, SegmentTable
 from fastsvi.kernels.segments import Segments
@@ -43,6 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 
 ELEMENTS = [10**k for k in range(3, 9)]
 PARTICLES = [1, 8, 64, 1024]
+NOTED = 10**7  # the size of which the aims speak
 QUICK_ELEMENTS = [1_000, 100_000]
 QUICK_PARTICLES = [1, 8]
 
@@ -316,24 +315,14 @@ def fits(elements: int, particles: int, device: str) -> bool:
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, commit and machine, without which a figure says nothing."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "triton"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "none"
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu"
+    about = machine(device)
+    driver = {"driver": about["driver"]} if device == "cuda" else {}
     return {
-        "device": name,
+        "device": about.get("gpu") or about["cpu"],
+        **driver,
         "threads": torch.get_num_threads(),
-        "versions": versions,
-        "commit": commit,
+        "versions": {"python": about["python"], **about["versions"]},
+        "commit": about["commit"],
     }
 
 
@@ -345,35 +334,55 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--elements", type=int, nargs="+", help="sizes D")
     parser.add_argument("--particles", type=int, nargs="+", help="numbers of particles P")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="seconds in all, shared by the operations"
+    )
+    parser.add_argument(
+        "--compiled-at", type=int, nargs="+", help="sizes D at which torch.compile is timed too"
+    )
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>-kernels.json")
     options = parser.parse_args(arguments)
     unknown = set(options.operations) - set(OPERATIONS)
     if unknown:
         parser.error(f"unknown operations {sorted(unknown)}; the known ones are {[*OPERATIONS]}")
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     compiled = not (options.quick or options.no_compile)
-    bench = Bench(device, budget_s=0.05 if options.quick else 0.3, compiled=compiled)
+    hurried = options.quick or options.budget < math.inf
+    bench = Bench(device, budget_s=0.05 if hurried else 0.3, compiled=compiled)
     about = environment(device) | {"copy_gb_per_s": bench.copy_bytes_per_s / 1e9}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(HEADER)
     rows = []
-    for name in options.operations or OPERATIONS:
-        for elements in options.elements or (QUICK_ELEMENTS if options.quick else ELEMENTS):
-            for particles in options.particles or (QUICK_PARTICLES if options.quick else PARTICLES):
-                if name in WITHOUT_PARTICLES and particles > 1:
-                    continue
-                if not fits(elements, particles, device):
-                    continue
-                operation = OPERATIONS[name](elements, particles, device)
-                for row in bench.rows(operation, elements, particles):
-                    print(line(row), flush=True)
-                    rows.append(row)
+    names = options.operations or list(OPERATIONS)
+    start = time.monotonic()
+    for index, name in enumerate(names):
+        left = options.budget - (time.monotonic() - start)
+        stop = time.monotonic() + left / (len(names) - index)
+        sizes = [
+            (elements, particles)
+            for elements in options.elements or (QUICK_ELEMENTS if options.quick else ELEMENTS)
+            for particles in options.particles or (QUICK_PARTICLES if options.quick else PARTICLES)
+            if fits(elements, particles, device)
+            and not (name in WITHOUT_PARTICLES and particles > 1)
+        ]
+        if options.budget < math.inf:  # what is lost for lack of time are the sizes of least note
+            sizes.sort(key=lambda size: abs(math.log10(size[0] / NOTED)))
+        for elements, particles in sizes:
+            if time.monotonic() > stop:
+                print(f"{name}: D = {elements}, P = {particles} and what follows left out: no time")
+                break
+            operation = OPERATIONS[name](elements, particles, device)
+            bench.compiled = compiled and elements in (options.compiled_at or [elements])
+            for row in bench.rows(operation, elements, particles):
+                print(line(row), flush=True)
+                rows.append(row)
     path = options.out
     if path is None and not options.quick:
-        short = re.sub("[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-        path = RESULTS / f"{short if device == 'cuda' else 'cpu'}-kernels.json"
+        short = short_name(about["device"]) if device == "cuda" else "cpu"
+        path = RESULTS / f"{short}-kernels.json"
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         table = [asdict(row) | {"ok": row.ok} for row in rows]

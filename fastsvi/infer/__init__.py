@@ -15,6 +15,7 @@ from fastsvi.infer.elbo import (
 )
 from fastsvi.infer.importance import Importance, psis_diagnostic, vectorized_importance_weights
 from fastsvi.infer.predictive import Predictive
+from fastsvi.infer.profiling import profile
 from fastsvi.infer.run_result import SVIRunResult, Timings
 from fastsvi.infer.svi import SVI
 from fastsvi.infer.util import enable_validation, is_validation_enabled
@@ -37,6 +38,7 @@ __all__ = [
     "autoguide",
     "enable_validation",
     "is_validation_enabled",
+    "profile",
     "psis_diagnostic",
     "vectorized_importance_weights",
 ]

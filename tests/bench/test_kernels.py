@@ -1,12 +1,8 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2]))  # bench/ is not installed
 
 from bench import kernels
 
