@@ -76,6 +76,7 @@ class PureStep:
         (self.buffer,) = buffers.values()
         self.buffer.sync()
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.buffer.device)
+        self._svi, self._optim = svi, svi.optim
         try:
             (self.plan,) = svi.optim.capture(leaves, self.skipped)
         except OptionError as error:
@@ -189,10 +190,13 @@ class PureStep:
     # ------------------------------------------------------------------------------------ running
 
     def is_current(self) -> bool:
-        """Whether buffer, optimizer and noise are still those that the step was made for."""
+        """Whether program, buffer, optimizer and noise are those that the step was made for."""
+        self._svi._follow_changes()
         self.buffer.sync()
         return (
             self._version == PARAM_STORE.version
+            and self._svi._program is self._program
+            and self._svi.optim is self._optim
             and self.plan.is_current()
             and (self._fused is None or self._fused.refresh())
             and self._noise.seed.is_current

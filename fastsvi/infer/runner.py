@@ -158,7 +158,8 @@ class Runner:
 
     def _is_worth_it(self) -> bool:
         if self.compile is True:
-            return self._eager_steps > 0 or bool(self.svi._targets.leaves)
+            program = self.svi._program
+            return self._eager_steps > 0 or (program is not None and program.rehearsed)
         if self._eager_steps < _WARM_UP:
             return False
         step = self._eager_seconds / (self._eager_steps - 1)

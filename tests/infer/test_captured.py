@@ -256,6 +256,21 @@ def regression(x, y, slope=1.0):
         pyro.sample("y", dist.Normal(x @ weight * slope, 1.0), obs=y)
 
 
+def test_another_model_or_optimizer_is_captured_anew():
+    svi, _ = prepared(schools, schools_data, 2)
+    quietly = {"progress_bar": False, "compile": True}
+    svi.run(20, *schools_data, **quietly)
+    svi.model = pyro.poutine.scale(schools, 10.0)
+    scaled = svi.run(20, *schools_data, **quietly)
+    assert svi._captures.count == 2
+    assert scaled.losses[-1] > 200  # ten times as large as before
+    svi.optim = pyro.optim.Adam({"lr": 0.0})
+    before = values()
+    svi.run(20, *schools_data, **quietly)
+    assert svi._captures.count == 3
+    torch.testing.assert_close(values(), before)
+
+
 def test_arguments_that_vary_become_inputs_and_cost_one_capture():
     def losses(compile):
         svi, _ = prepared(regression, (rows, answers), 2, steps=1)
@@ -314,6 +329,19 @@ def test_learning_rates_may_change_without_a_capture():
     captured, count = losses(True)
     assert count == 1
     torch.testing.assert_close(captured, losses(False)[0], rtol=1e-4, atol=1e-3)
+
+
+def test_another_optimizer_is_captured_anew():
+    losses = []
+    for compile in (True, False):
+        pyro.clear_param_store()
+        first, second = pyro.optim.Adam({"lr": 0.05}), pyro.optim.ClippedAdam({"lrd": 0.5})
+        svi = SVI(schools, AutoNormal(schools), first, Trace_ELBO(), seed=0)
+        svi.run(20, *schools_data, progress_bar=False, compile=compile)
+        svi.optim = second
+        losses.append(svi.run(20, *schools_data, progress_bar=False, compile=compile).losses)
+    # Both round some hundred operations in a row; steps of the first would be 50 times as long.
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-3)
 
 
 def test_batches_of_two_sizes_are_captured_twice():
