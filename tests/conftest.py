@@ -5,12 +5,27 @@ No test may leave the checks of distributions switched otherwise than it found t
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 
 import numpy as np
 import pytest
 import torch
+
+# The tensors of tests are small: threads that wait for each other would take half of the time.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiled_steps(tmp_path_factory):
+    """A cache of compiled steps for all tests: nobody's own, and nothing is compiled twice."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "FASTSVI_CACHE" not in os.environ:
+            patch.setenv("FASTSVI_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from fastsvi.optim.decaying import DecayingOptimizer
 
-class ClippedAdam(torch.optim.Optimizer):
+
+class ClippedAdam(DecayingOptimizer):
     """Adam whose gradient entries are clipped and whose learning rate decays at every step.
 
     The t-th update uses ``lr * lrd**t`` and gradients clamped to ``[-clip_norm, clip_norm]``, and
@@ -56,20 +57,6 @@ class ClippedAdam(torch.optim.Optimizer):
             "centered_variance": centered_variance,
         }
         super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update all tensors that have a gradient; ``closure`` recomputes loss and gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            group["lr"] *= group["lrd"]
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, self.state[p], group)
-        return loss
 
     @staticmethod
     def _update(p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:

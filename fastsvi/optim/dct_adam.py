@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import EllipsisType
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
+from fastsvi.optim.decaying import DecayingOptimizer
+
 Index = EllipsisType | tuple[torch.Tensor, ...]
 
 
-class DCTAdam(torch.optim.Optimizer):
+class DCTAdam(DecayingOptimizer):
     """:class:`~fastsvi.optim.clipped_adam.ClippedAdam` for parameters of time series. Experimental.
 
     A tensor with an attribute ``_pyro_dct_dim`` (its time dimension, counted from the right) gets
@@ -53,20 +55,6 @@ class DCTAdam(torch.optim.Optimizer):
             "subsample_aware": subsample_aware,
         }
         super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update all tensors that have a gradient; ``closure`` recomputes loss and gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            group["lr"] *= group["lrd"]
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, self.state[p], group)
-        return loss
 
     @staticmethod
     def _update(p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:

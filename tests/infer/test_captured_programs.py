@@ -20,15 +20,6 @@ from fastsvi.infer.autoguide import (
 )
 from fastsvi.nn import PyroModule, PyroParam, PyroSample
 
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("FASTSVI_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 generator = torch.Generator().manual_seed(0)
 x = torch.randn(30, 3, generator=generator)
 y = x @ torch.tensor([1.0, -2.0, 0.5]) + 0.3 * torch.randn(30, generator=generator)

@@ -12,15 +12,6 @@ from fastsvi.errors import CaptureError, ConstraintError, FastSVIWarning
 from fastsvi.infer import SVI, Trace_ELBO
 from fastsvi.infer.autoguide import AutoNormal, init_to_uniform
 
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("FASTSVI_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 F = 5
 generator = torch.Generator().manual_seed(0)
 xs = torch.randn(F, 20, 3, generator=generator)

@@ -15,14 +15,6 @@ sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("FASTSVI_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 def schools(sigma, y):
     mu = pyro.sample("mu", dist.Normal(torch.zeros_like(y[0]), 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(torch.full_like(y[0], 5.0)))

@@ -222,9 +222,9 @@ class TestDistribution:
             assert scipy.stats.kstest(x, "norm").pvalue > 1e-4
 
     def test_tails(self):
-        # 2e7 draws: 11.5 expected beyond 5.
+        # 8e6 draws: 4.6 expected beyond 5.
         counts, draws = dict.fromkeys((3.0, 4.0, 5.0), 0), 0
-        for step in range(5):
+        for step in range(2):
             x = philox.normal(KEY, philox.make_origin(step=step), 1, 1, 4_000_000).abs()
             draws += x.numel()
             for bound in counts:

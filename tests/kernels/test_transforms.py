@@ -204,9 +204,12 @@ def test_mixed_table_equals_its_segments(repeat):
 def test_gradients(repeat):
     table, _, _ = mixed_table(repeat=repeat)
     x = torch.randn(2, table.num_elements, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: constrain_with_log_det(x, table), (x,))
+    fast = repeat > 1  # of a large Jacobian one random direction stands for all
+    assert torch.autograd.gradcheck(
+        lambda x: constrain_with_log_det(x, table), (x,), fast_mode=fast
+    )
     y = constrain(x, table).detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda y: unconstrain(y, table), (y,))
+    assert torch.autograd.gradcheck(lambda y: unconstrain(y, table), (y,), fast_mode=fast)
 
 
 def test_second_derivative_and_forward_mode_of_the_sigmoid():

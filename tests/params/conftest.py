@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.distributions import constraints
 
 from fastsvi.params import ParamStore
+
+# Test modules are imported without their folder being on the path.
+sys.path.append(str(Path(__file__).parent))
 
 
 def pyro_store():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -57,7 +59,10 @@ def test_a_module_moves_to_the_device_and_back(store):
 def test_nothing_in_a_step_waits_for_the_device(on_gpu):
     buffers = [b for (device, _), b in on_gpu.buffers.items() if device.type == "cuda"]
     on_gpu.constrain_all()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        # torch says that not every wait is noticed.
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
             for buffer in buffers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyro
@@ -10,6 +12,9 @@ import pytest
 
 import fastsvi
 import fastsvi.distributions
+
+# Test modules are imported without their folder being on the path.
+sys.path.append(str(Path(__file__).parent))
 
 
 def namespace(module):
