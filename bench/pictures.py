@@ -186,14 +186,14 @@ def _sign(figure: Any, document: dict[str, Any]) -> None:
 
 
 def _label(axis: Any) -> None:
-    """Plain numbers at the ticks; within a decade or so, between the powers of ten as well."""
+    """Plain numbers at the ticks; within two decades, between the powers of ten as well."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_formatter(FuncFormatter(_plain))
     if axis.get_scale() != "log":
         return
     low, high = axis.get_view_interval()
-    is_narrow = high < 30 * low
+    is_narrow = high < 100 * low
     axis.set_major_locator(LogLocator(numticks=12))
     axis.set_minor_locator(LogLocator(subs=(2.0, 3.0, 5.0) if is_narrow else "auto", numticks=12))
     axis.set_minor_formatter(FuncFormatter(_plain) if is_narrow else NullFormatter())
