@@ -90,20 +90,25 @@ class Fits:
         initial = None
         if not self._state:
             initial = initial_values(self._svi, data, self.num_fits, self.first_fit)
+        self._pure = None  # what fails below must not serve the next run
         pure = self._capture(data, example, native)
         if initial is not None:
             self._start(pure, initial)
         self._check(pure, example)
+        self._pure = pure
         self._take(data)
 
     def _capture(self, data: FitData, arguments: Any, native: bool) -> PureStep:
         """Record the step of one fit, with the arguments that fits have of their own as inputs."""
         svi = self._svi
+        noise = svi._program.noise if svi._program is not None else None
+        step = 0 if noise is None else noise.step
         svi._accumulate(arguments.args, arguments.kwargs)  # makes the store's parameters, too
         svi._targets.zero_grad()
+        if noise is not None:
+            noise.step = step  # as if nothing had been drawn
         pure = PureStep(svi, arguments, data.own)
-        pure.noise_step -= 1  # as if nothing had been drawn
-        self._data, self._pure = data, pure
+        self._data = data
         self._native, self.obstacle, graph = None, None, None
         self._is_native = native
         with checking(False):

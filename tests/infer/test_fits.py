@@ -182,3 +182,57 @@ def test_batches_and_fits_do_not_go_together():
     svi, _ = fitted(steps=1)
     with pytest.raises(ConstraintError, match="batches"):
         svi.run(5, batches=[(xs, ys)], progress_bar=False)
+
+
+def by_hand(x, y):
+    loc = pyro.param("loc", lambda: dist.Normal(torch.zeros(3), 1.0).sample())
+    scale = pyro.param("scale", torch.full((3,), 0.1), constraint=constraints.positive)
+    pyro.sample("weight", dist.Normal(loc, scale).to_event(1))
+
+
+def in_batches(x, y):
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("rows", len(x), subsample_size=6) as rows:
+        pyro.sample("y", dist.Normal(x[rows] @ weight, 0.5), obs=y[rows])
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_guide_by_hand_and_batches_of_their_own(compile):
+    def run(num_fits, first_fit, x, y):
+        pyro.clear_param_store()
+        elbo = Trace_ELBO(num_particles=2, vectorize_particles=True)
+        optim = pyro.optim.Adam({"lr": 0.02})
+        svi = SVI(in_batches, by_hand, optim, elbo, seed=3, num_fits=num_fits, first_fit=first_fit)
+        return svi.run(20, x, y, fit_dims=(0, 0), compile=compile, progress_bar=False)
+
+    # The same data for all: they differ in where they start, in noise, and in their batches.
+    x, y = xs[:1].expand(F, -1, -1), ys[:1].expand(F, -1)
+    together = run(F, 0, x, y)
+    assert together.obstacle is None or not compile
+    assert len(set(together.losses[0].tolist())) == F
+    for fit in (0, 3):
+        alone = run(1, fit, x[:1], y[:1])
+        if compile:
+            assert torch.equal(together.losses[:, fit], alone.losses[:, 0])
+        else:  # batched products may add in another order
+            torch.testing.assert_close(
+                together.losses[:, fit], alone.losses[:, 0], rtol=1e-4, atol=1e-3
+            )
+
+
+def test_a_step_that_disagrees_is_refused_each_time():
+    count = [0]
+
+    def model(x, y):
+        count[0] += 1
+        weight = pyro.sample("weight", dist.Normal(float(count[0]), 1.0).expand([3]).to_event(1))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(x @ weight, 1.0), obs=y)
+
+    pyro.clear_param_store()
+    svi = SVI(
+        model, AutoNormal(model), pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), seed=3, num_fits=F
+    )
+    for _ in range(2):
+        with pytest.raises(CaptureError, match=r"num_fits=5.*Python counter"):
+            svi.run(5, xs, ys, fit_dims=(0, 0), compile=True, progress_bar=False)
