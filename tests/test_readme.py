@@ -7,12 +7,15 @@ that is what it prints: word for word, and numbers to two per cent, as floats di
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 
+from fastsvi.errors import FastSVIWarning
 from fastsvi.examples import EXAMPLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +57,29 @@ def test_python_blocks():
             exec(compile(source, "README.md", "exec"), names)
         if shown is not None:
             check_output(printed.getvalue(), shown)
+
+
+@pytest.mark.slow
+def test_main_job_prints_what_is_shown(capsys, tmp_path):
+    """Row by row; the order of neighbours and the time it took may differ on another machine."""
+    main = importlib.import_module("fastsvi.examples.breast_cancer").main
+    shown = next(block[2] for block in FENCE.finditer(README) if block[1] == "console")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FastSVIWarning)  # of k-hat, which the README explains
+        main(["--no-figure"])
+    rows = {words(line): line for line in capsys.readouterr().out.splitlines()}
+    for line in shown.splitlines():
+        if line.startswith(("2000 steps", "  ...", "figure")):
+            continue
+        assert words(line) in rows, line
+        # The rows are means of 2,000 draws: 0.1 is four standard errors of the widest one.
+        found, wanted = (NUMBER.findall(text) for text in (rows[words(line)], line))
+        assert list(map(float, found)) == pytest.approx(list(map(float, wanted)), rel=0.02, abs=0.1)
+
+
+def words(line: str) -> str:
+    """A line without its numbers, and without the star, which a bound near zero decides."""
+    return " ".join(NUMBER.sub("#", line).replace("*", "").split())
 
 
 def test_commands_name_what_exists():

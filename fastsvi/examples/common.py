@@ -74,7 +74,8 @@ def print_posterior(
     for i, name in enumerate(names):
         cells = "".join(f"  {column[i]:>9}" for column in columns.values())
         mean, sd = float(draws[:, i].mean()), float(draws[:, i].std())
-        print(f"{name:<{width}}  {mean:7.2f}  {sd:6.2f}  {low[i]:7.2f}  {high[i]:7.2f}{cells}")
+        row = f"{name:<{width}}  {mean:7.2f}  {sd:6.2f}  {low[i]:7.2f}  {high[i]:7.2f}{cells}"
+        print(row.rstrip())
 
 
 def interval(draws: Tensor, mass: float = 0.9) -> tuple[Tensor, Tensor]:
