@@ -25,14 +25,6 @@ class NativeStep(native.NativeStep):
         super().__init__(lambda *tensors: (*step(*tensors), never), state, inputs)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("FASTSVI_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 def gradient_of(function):
     """A step whose new state is the gradient of ``function``, and whose loss is its value."""
 
@@ -354,9 +346,10 @@ def test_a_missing_compiler_is_named(monkeypatch):
         compiled.run(1)
 
 
-def test_the_compiled_form_is_found_again():
+def test_the_compiled_form_is_found_again(tmp_path, monkeypatch):
     from fastsvi.engine.loops import build
 
+    monkeypatch.setenv("FASTSVI_CACHE", str(tmp_path))
     step = lambda x: (x * 1.2345, x.sum())  # noqa: E731
     first = NativeStep(step, [torch.ones(2)])
     assert not first.is_built

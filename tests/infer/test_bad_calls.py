@@ -17,14 +17,6 @@ from fastsvi.infer.bad_calls import CallError
 DATA = torch.tensor([1.0, 2.0, 0.5, 1.5])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("FASTSVI_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 def model(data, shift=0.0):
     x = pyro.sample("x", dist.Normal(0.0, 10.0))
     with pyro.plate("data", len(data)):

@@ -18,14 +18,6 @@ from fastsvi.infer.autoguide import AutoNormal
 from fastsvi.infer.interrupts import Interrupts
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("FASTSVI_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 def press():
     os.kill(os.getpid(), signal.SIGINT)
 

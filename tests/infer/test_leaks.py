@@ -22,14 +22,6 @@ pytestmark = pytest.mark.skipif(
 DATA = torch.tensor([1.0, 2.0, 0.5, 1.5])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("FASTSVI_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 def model(data):
     x = fastsvi.sample("x", dist.Normal(0.0, 10.0))
     s = fastsvi.sample("s", dist.HalfNormal(2.0))

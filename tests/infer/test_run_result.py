@@ -15,14 +15,6 @@ from fastsvi.infer.autoguide import AutoNormal
 from fastsvi.infer.run_result import Stopwatch
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("FASTSVI_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 @pytest.fixture
 def clock(monkeypatch):
     now = [0.0]

@@ -19,14 +19,6 @@ from fastsvi.infer.autoguide import AutoNormal
 from fastsvi.params import checkpoint
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("FASTSVI_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "fit.ckpt"
