@@ -16,13 +16,15 @@ which). Reported are, as medians with the range where there are several repeats:
 ``step``    microseconds per step in a long run, compiled before
 ``x``       fastsvi's time per step over this one's: below 1, fastsvi is faster
 ``MB``      peak memory of the fit beyond that of the imports (``cuda``: peak of the device)
-``ELBO``    of the fitted guide on all data, by one evaluator for all: exact entropy, and draws in
-            float64 with the same noise
+``ELBO``    of the fitted guide on all data, by one evaluator for all, in float64: without noise
+            (:mod:`bench.workloads.exact`), or for the auto-encoder from draws with the same noise
+``apart``   how far the guide is from NumPyro's, at worst over all its numbers, in standard
+            deviations of what noise does to two fits (:mod:`bench.agreement`); ``?`` without one
 
-``~`` marks a fit that was stopped when its time was up and extrapolated. A fit whose ELBO misses
-the one in :mod:`bench.workloads` (a stopped one: whose losses miss those of whole fits) does not
-count: its row says so and shows no time. What is not installed, not built, failed, or left out for
-lack of time says so in its row.
+``~`` marks a fit that was stopped when its time was up and extrapolated. A fit whose ELBO is above
+the best there is or too far below it, or whose guide is not NumPyro's up to noise (a stopped one:
+whose losses miss those of whole fits), does not count: its row says so and shows no time. What is
+not installed, not built, failed, or left out for lack of time says so in its row.
 
 ``--json FILE`` keeps one document::
 
@@ -35,6 +37,8 @@ lack of time says so in its row.
                             "steps", "steps_taken", "extrapolated",
                             "step_us": [of each block of steady steps],
                             "peak_mb", "import_mb", "elbo", "elbo_error",
+                            "apart": {"loc", "log_scale": largest differences in units of the
+                                      guide, "errors", "site", "bound"},
                             "window", "curve": [mean loss of each window of steps],
                             "gate": "passed", or why the times do not count,
                             "error": only where it failed}, ...]}, ...]}
@@ -58,10 +62,16 @@ from typing import Any
 
 from bench import gates
 from bench.libraries import LIBRARIES
-from bench.machine import cache_environment, describe, machine, threads_environment
+from bench.machine import (
+    cache_environment,
+    describe,
+    keep_bytecode,
+    machine,
+    threads_environment,
+)
 from bench.measure import Job
 from bench.table import HEADER, line
-from bench.workloads import WORKLOADS, Case, case
+from bench.workloads import WORKLOADS, Array, Case, case
 
 DEFAULT = ("fastsvi", "numpyro", "torch-compiled", "torch", "pyro", "pyro-jit")
 QUICK_BUDGET_S = 540.0
@@ -113,9 +123,11 @@ class Comparison:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.rows: list[dict[str, Any]] = []
+        self._posteriors = Posteriors()
         self._start = time.monotonic()
 
     def run(self) -> None:
+        keep_bytecode()
         for one, libraries in self.settings.rounds():
             rows = [self._row(one, library) for library in libraries]
             for _ in range(self.settings.repeats):
@@ -123,7 +135,9 @@ class Comparison:
                     if LIBRARIES[row["library"]].is_installed():
                         row["repeats"].append(self._repeat(one, row["library"]))
             self.rows += rows
-            judge(one, [row for row in self.rows if _is_of(one, row)])
+            same = [row for row in self.rows if _is_of(one, row)]
+            self._posteriors.compare(one, same)
+            judge(one, same)
             own = next((r for r in self.rows if _is_of(one, r) and r["library"] == "fastsvi"), None)
             for row in rows:
                 print(line(row, own), flush=True)
@@ -180,7 +194,7 @@ class Comparison:
             found["fit_cold_s"] = result.pop("fit_s")
             found |= result
             if not found["extrapolated"]:
-                found["elbo"], found["elbo_error"] = evaluate(one, posterior)
+                found["elbo"], found["elbo_error"] = self._posteriors.take(one, library, posterior)
             if known.caches:
                 result = self._process(self._job(one, library, "warm"), folder / "caches")
                 if _failed(result):
@@ -236,14 +250,41 @@ class Comparison:
         return found
 
 
-def evaluate(one: Case, posterior: Path) -> tuple[float, float]:
-    """ELBO and its standard error by the evaluator that all libraries share."""
-    import numpy as np
+class Posteriors:
+    """The guides that libraries fitted, for as long as they may be compared with NumPyro's."""
 
-    from bench.workloads.log_joints import elbo
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, int, str], list[dict[str, Array]]] = {}
+        self._laws: dict[tuple[str, int], Any] = {}
 
-    with np.load(posterior) as found:
-        return elbo(one, dict(found))
+    def take(self, one: Case, library: str, path: Path) -> tuple[float, float]:
+        """Read a guide; its ELBO and standard error by the evaluator that all libraries share."""
+        import numpy as np
+
+        from bench import agreement
+
+        with np.load(path) as file:
+            posterior = dict(file)
+        if agreement.can_compare(one):
+            self._found.setdefault((one.name, one.particles, library), []).append(posterior)
+        return agreement.evaluate(one, posterior)
+
+    def compare(self, one: Case, rows: list[dict[str, Any]]) -> None:
+        """Put ``apart`` into the whole fits of a case, if NumPyro is among them."""
+        key = one.name, one.particles
+        reference = self._found.get((*key, "numpyro"))
+        if reference is None:
+            return
+        from bench import agreement
+
+        if key not in self._laws:
+            self._laws[key] = agreement.law(one)
+        for row in rows:
+            whole = [repeat for repeat in row["repeats"] if "elbo" in repeat]
+            found = self._found.get((*key, row["library"]), [])
+            if row["library"] != "numpyro":
+                for repeat, posterior in zip(whole, found, strict=True):
+                    repeat["apart"] = agreement.apart(self._laws[key], posterior, reference[0])
 
 
 def judge(one: Case, rows: list[dict[str, Any]]) -> None:
@@ -253,7 +294,9 @@ def judge(one: Case, rows: list[dict[str, Any]]) -> None:
     for row, repeat in repeats:
         if "elbo" in repeat:
             others = [r["elbo"] for other, r in repeats if other is not row and "elbo" in r]
-            reason = gates.final(repeat["elbo"], repeat["elbo_error"], one.size, others)
+            reason = gates.final(repeat["elbo"], repeat["elbo_error"], one, others)
+            if reason is None and "apart" in repeat:
+                reason = gates.posterior(repeat["apart"])
             repeat["gate"] = reason or "passed"
         elif "curve" in repeat:
             repeat["gate"] = gates.partial(repeat, wholes, one.size) or "passed"

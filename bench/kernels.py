@@ -9,7 +9,9 @@ output written once), the share that this is of the bandwidth of a copy measured
 the ratio to the usual eager torch code and to ``torch.compile`` of our torch reference, and, beside
 the figure, the error of the result against float64. A row whose error is too large is a failure,
 and so is the run. Noise is bound by integer arithmetic rather than bytes on a GPU: those rows have
-the floor of Philox's multiplications too.
+the floor of Philox's multiplications too, and the ratio to a ``torch.randn`` of as many numbers. A
+row named ``.both`` is a forward and a backward pass together. On a GPU ``memory_ratio`` is the peak
+of memory in a call over its inputs and outputs.
 
 On a GPU times are medians of ``triton.testing.do_bench`` (CUDA events, the cache flushed before
 every call); on a CPU medians of ``time.perf_counter`` with warm caches, and our own form is the
@@ -33,9 +35,8 @@ import torch
 from torch import Tensor
 
 from bench.machine import machine, short_name
-from fastsvi.kernels import adam, dispatch, log_prob, normal, philox, transforms
-from fastsvi.kernels.segment_table import EXP, IDENTITY, SIGMOID, SegmentTable
-from fastsvi.kernels.segments import Segments
+from bench.operations import OPERATIONS, Operation
+from fastsvi.kernels import dispatch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -55,23 +56,6 @@ MAX_ERROR = 1e-5
 
 
 @dataclass
-class Operation:
-    """One operation at one size.
-
-    ``ours`` and ``eager`` take the inputs and return tensors; ``eager`` is what one would write in
-    torch. What has a derivative is timed backward too.
-    """
-
-    name: str
-    ours: Callable[..., Sequence[Tensor]]
-    eager: Callable[..., Any]
-    inputs: list[Tensor]  # float32
-    bytes: int
-    bytes_backward: int | None = None
-    normals: int = 0
-
-
-@dataclass
 class Row:
     """One line of the results; ``time_us`` in microseconds, ratios are of times to ours."""
 
@@ -84,6 +68,8 @@ class Row:
     share_of_philox: float | None  # floor by multiplications over time
     eager_ratio: float
     compiled_ratio: float | None
+    randn_ratio: float | None
+    memory_ratio: float | None
     error: float
 
     @property
@@ -91,118 +77,11 @@ class Row:
         return self.error < MAX_ERROR
 
 
-# --------------------------------------------------------------------------------------- operations
-
-
-def draw(elements: int, particles: int, device: str) -> Operation:
-    """Standard normals ``[1, P, D]``."""
-    key, origin = philox.derive_key(0, 0, device), philox.make_origin(step=3, device=device)
-
-    def ours(like: Tensor) -> list[Tensor]:
-        return [philox.normal(key, origin, 1, particles, elements, like.dtype)]
-
-    def eager(like: Tensor) -> Tensor:
-        return torch.randn(1, particles, elements, device=device)
-
-    size = particles * elements
-    like = torch.empty(0, device=device)
-    return Operation("philox.normal", ours, eager, [like], 4 * size, normals=size)
-
-
-def sample(elements: int, particles: int, device: str) -> Operation:
-    """A mean-field normal: z and log q from loc and the log of the scale."""
-    key, origin = philox.derive_key(0, 0, device), philox.make_origin(step=3, device=device)
-
-    def ours(loc: Tensor, raw: Tensor) -> Sequence[Tensor]:
-        return normal.sample(loc, raw, key, origin, particles)
-
-    def eager(loc: Tensor, raw: Tensor) -> Sequence[Tensor]:
-        q = torch.distributions.Normal(loc, raw.exp(), validate_args=False)
-        z = q.rsample((particles,))
-        return z, q.log_prob(z).sum(-1)
-
-    size = particles * elements
-    return Operation(
-        "normal.sample", ours, eager, list(torch.randn(2, 1, elements, device=device)),
-        4 * (2 * elements + size), 4 * (3 * elements + size), normals=size,
-    )  # fmt: skip
-
-
-def constrain(elements: int, particles: int, device: str) -> Operation:
-    """A buffer of thirty segments: real, positive and in the unit interval in turn."""
-    kinds = [IDENTITY, EXP, SIGMOID] * 10
-    sizes = [elements // 30] * 29 + [elements - 29 * (elements // 30)]
-    tables = {
-        dtype: SegmentTable.build(kinds, sizes, device=device, dtype=dtype)
-        for dtype in (torch.float32, torch.float64)
-    }
-
-    def ours(x: Tensor) -> Sequence[Tensor]:
-        return transforms.constrain_with_log_det(x, tables[x.dtype])
-
-    def eager(x: Tensor) -> Sequence[Tensor]:
-        values, log_dets = [], []
-        for kind, part in zip(kinds, x.split(sizes), strict=True):
-            y = part.exp() if kind == EXP else part.sigmoid() if kind == SIGMOID else part
-            log_det = part if kind == EXP else (y * (1 - y)).log() if kind == SIGMOID else part * 0
-            values.append(y)
-            log_dets.append(log_det.sum())
-        return torch.cat(values), torch.stack(log_dets)
-
-    return Operation(
-        "transforms.constrain_with_log_det", ours, eager, [torch.randn(elements, device=device)],
-        8 * elements, 12 * elements,
-    )  # fmt: skip
-
-
-def update(elements: int, particles: int, device: str) -> Operation:
-    """One step of Adam, in place."""
-    segments = {device: Segments([elements], device)}
-    param, grad, exp_avg = torch.randn(3, elements, device=device).unbind()
-    leaf = param.clone().requires_grad_()
-    leaf.grad = grad
-    optimizer = torch.optim.Adam([leaf], lr=1e-3)
-
-    def ours(*state: Tensor) -> Sequence[Tensor]:
-        adam.adam_(*state, segments[device], lr=1e-3)
-        return state
-
-    def eager(*state: Tensor) -> None:
-        optimizer.step()
-
-    state = [param, grad, exp_avg, exp_avg.square(), torch.ones(1, device=device)]
-    return Operation("adam.adam_", ours, eager, state, 28 * elements)
-
-
-def density(elements: int, particles: int, device: str) -> Operation:
-    """Normal log-density of ``[P, D]`` values under ``[D]`` locs and scales, summed to ``[P]``."""
-    value = torch.randn(particles, elements, device=device)
-    loc, raw = torch.randn(2, elements, device=device).unbind()
-
-    def ours(value: Tensor, loc: Tensor, scale: Tensor) -> list[Tensor]:
-        return [log_prob.normal(value, loc, scale, event_ndims=1)]
-
-    def eager(value: Tensor, loc: Tensor, scale: Tensor) -> list[Tensor]:
-        q = torch.distributions.Normal(loc, scale, validate_args=False)
-        return [q.log_prob(value).sum(-1)]
-
-    size = particles * elements
-    return Operation(
-        "log_prob.normal", ours, eager, [value, loc, raw.exp()],
-        4 * (size + 2 * elements), 4 * (2 * size + 4 * elements),
-    )  # fmt: skip
-
-
-OPERATIONS: dict[str, Callable[[int, int, str], Operation]] = {
-    "philox": draw,
-    "normal": sample,
-    "transforms": constrain,
-    "adam": update,
-    "log_prob": density,
-}
-
 # Their cost does not depend on particles.
-WITHOUT_PARTICLES = ("transforms", "adam")
+WITHOUT_PARTICLES = ("transforms", "adam", *(name for name in OPERATIONS if "." in name))
+# Of these a size or two tell enough.
+NOTED_ONLY = tuple(name for name in OPERATIONS if "." in name)
+NOTED_SIZES = (QUICK_ELEMENTS[-1], NOTED)
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -239,26 +118,52 @@ class Bench:
         return 2e6 * source.nbytes / self.time_us(lambda: target.copy_(source))
 
     def rows(self, operation: Operation, elements: int, particles: int) -> Iterator[Row]:
-        """The forward row of an operation, and the backward row if it has one."""
-        for backward in (False, True):
-            if backward and operation.bytes_backward is None:
-                continue
-            moved = operation.bytes_backward if backward else operation.bytes
-            assert moved is not None
-            ours = self.time_us(prepare(operation.ours, operation.inputs, backward))
-            eager = self.time_us(prepare(operation.eager, operation.inputs, backward))
+        """The forward row of an operation, and those with a backward pass if it has one."""
+        moved = {"": operation.bytes}
+        if operation.bytes_backward is not None:
+            moved[".backward"] = operation.bytes_backward
+        if operation.together and operation.bytes_backward is not None:
+            moved[".both"] = operation.bytes + operation.bytes_backward
+        for passes, size in moved.items():
+            call = prepare(operation.ours, operation.inputs, passes)
+            ours = self.time_us(call)
+            eager = self.time_us(prepare(operation.eager, operation.inputs, passes))
+            normals = operation.normals * (1 + (passes == ".both"))
             yield Row(
-                operation.name + ".backward" * backward,
+                operation.name + passes,
                 elements,
                 particles,
                 time_us=ours,
-                bytes=moved,
-                share_of_copy=1e6 * moved / self.copy_bytes_per_s / ours,
-                share_of_philox=self._philox_us(operation.normals, ours),
+                bytes=size,
+                share_of_copy=1e6 * size / self.copy_bytes_per_s / ours,
+                share_of_philox=self._philox_us(normals, ours),
                 eager_ratio=eager / ours,
-                compiled_ratio=self._compiled_us(operation, backward, ours),
-                error=error(operation, backward),
+                compiled_ratio=self._compiled_us(operation, passes, ours),
+                randn_ratio=self._randn_us(operation, passes, ours),
+                memory_ratio=None if passes == ".both" else self._memory(operation, call),
+                error=error(operation, passes),
             )
+
+    def _randn_us(self, operation: Operation, passes: str, ours: float) -> float | None:
+        if not operation.normals or passes:
+            return None
+        size = operation.normals
+        return self.time_us(lambda: torch.randn(size, device=self.device)) / ours
+
+    def _memory(self, operation: Operation, call: Callable[[], Any]) -> float | None:
+        """Peak of memory in a call, over what it is given and what it returns."""
+        if self.device != "cuda":
+            return None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = call()
+        peak = torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize()
+        given = sum(x.nbytes for x in operation.inputs)
+        own = {x.data_ptr() for x in operation.inputs}
+        made = sum(x.nbytes for x in results if x is not None and x.data_ptr() not in own)
+        return (given + peak) / max(1, given + made)
 
     def _philox_us(self, normals: int, ours: float) -> float | None:
         if self.device != "cuda" or not normals:
@@ -270,33 +175,35 @@ class Bench:
         rate = properties.multi_processor_count * clock * WIDE_MULTIPLICATIONS_PER_CYCLE
         return 1e6 * normals / 4 * PHILOX_MULTIPLICATIONS / rate / ours
 
-    def _compiled_us(self, operation: Operation, backward: bool, ours: float) -> float | None:
+    def _compiled_us(self, operation: Operation, passes: str, ours: float) -> float | None:
         if not self.compiled:
             return None
         torch.compiler.reset()
         with dispatch.use("torch"):
             compiled = torch.compile(operation.ours)
-            return self.time_us(prepare(compiled, operation.inputs, backward)) / ours
+            return self.time_us(prepare(compiled, operation.inputs, passes)) / ours
 
 
 def prepare(
-    function: Callable[..., Any], inputs: Sequence[Tensor], backward: bool
+    function: Callable[..., Any], inputs: Sequence[Tensor], passes: str = ""
 ) -> Callable[[], Any]:
-    """A call of ``function``, or of its backward pass alone."""
-    if not backward:
+    """A call of ``function``, of its ``".backward"`` pass alone, or of ``".both"``."""
+    if not passes:
         return lambda: function(*inputs)
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    cotangents = [torch.ones_like(output) for output in function(*leaves)]
+    if passes == ".both":
+        return lambda: torch.autograd.grad(function(*leaves), leaves, cotangents)
     outputs = function(*leaves)
-    cotangents = [torch.ones_like(output) for output in outputs]
     return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
 
 
-def error(operation: Operation, backward: bool) -> float:
+def error(operation: Operation, passes: str = "") -> float:
     """Norm of the difference from float64 over the norm, the worst of all results."""
-    found = prepare(operation.ours, [x.clone() for x in operation.inputs], backward)()
+    found = prepare(operation.ours, [x.clone() for x in operation.inputs], passes)()
     wide = [x.double() for x in operation.inputs]
     with dispatch.use("torch"):
-        exact = prepare(operation.ours, wide, backward)()
+        exact = prepare(operation.ours, wide, passes)()
     worst = 0.0
     for a, b in zip(found, exact, strict=True):
         size = torch.linalg.vector_norm(b).clamp(min=1e-30)
@@ -355,7 +262,11 @@ def main(arguments: list[str] | None = None) -> int:
     about = environment(device) | {"copy_gb_per_s": bench.copy_bytes_per_s / 1e9}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(HEADER)
-    rows = []
+    path = options.out
+    if path is None and not options.quick:
+        short = short_name(about["device"]) if device == "cuda" else "cpu"
+        path = RESULTS / f"{short}-kernels.json"
+    rows: list[Row] = []
     names = options.operations or list(OPERATIONS)
     start = time.monotonic()
     for index, name in enumerate(names):
@@ -367,6 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
             for particles in options.particles or (QUICK_PARTICLES if options.quick else PARTICLES)
             if fits(elements, particles, device)
             and not (name in WITHOUT_PARTICLES and particles > 1)
+            and not (name in NOTED_ONLY and not options.elements and elements not in NOTED_SIZES)
         ]
         if options.budget < math.inf:  # what is lost for lack of time are the sizes of least note
             sizes.sort(key=lambda size: abs(math.log10(size[0] / NOTED)))
@@ -379,14 +291,10 @@ def main(arguments: list[str] | None = None) -> int:
             for row in bench.rows(operation, elements, particles):
                 print(line(row), flush=True)
                 rows.append(row)
-    path = options.out
-    if path is None and not options.quick:
-        short = short_name(about["device"]) if device == "cuda" else "cpu"
-        path = RESULTS / f"{short}-kernels.json"
+            if path is not None:  # each time, for a run may be stopped from outside
+                write(path, about, rows)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = [asdict(row) | {"ok": row.ok} for row in rows]
-        path.write_text(json.dumps(about | {"rows": table}, indent=1) + "\n")
+        write(path, about, rows)
         print(f"wrote {path}")
     bad = [row.name for row in rows if not row.ok]
     if bad:
@@ -394,20 +302,29 @@ def main(arguments: list[str] | None = None) -> int:
     return bool(bad)
 
 
+def write(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Keep what there is so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = [asdict(row) | {"ok": row.ok} for row in rows]
+    path.write_text(json.dumps(about | {"rows": table}, indent=1) + "\n")
+
+
 HEADER = (
     f"{'operation':<44}{'D':>10}{'P':>6}{'us':>12}{'of copy':>9}{'philox':>8}"
-    f"{'eager':>8}{'compiled':>10}{'error':>10}"
+    f"{'eager':>8}{'compiled':>10}{'randn':>8}{'memory':>8}{'error':>10}"
 )
 
 
 def line(row: Row) -> str:
     """One row as text; ratios above 1 say that ours is faster."""
-    philox_share = "-" if row.share_of_philox is None else f"{row.share_of_philox:.2f}"
-    ratio = "-" if row.compiled_ratio is None else f"{row.compiled_ratio:.2f}"
+    philox_share, compiled, randn, memory = (
+        "-" if number is None else f"{number:.2f}"
+        for number in (row.share_of_philox, row.compiled_ratio, row.randn_ratio, row.memory_ratio)
+    )
     return (
         f"{row.name:<44}{row.elements:>10}{row.particles:>6}{row.time_us:>12.1f}"
-        f"{row.share_of_copy:>9.2f}{philox_share:>8}{row.eager_ratio:>8.2f}{ratio:>10}"
-        f"{row.error:>10.1e}{'' if row.ok else '  TOO LARGE'}"
+        f"{row.share_of_copy:>9.2f}{philox_share:>8}{row.eager_ratio:>8.2f}{compiled:>10}"
+        f"{randn:>8}{memory:>8}{row.error:>10.1e}{'' if row.ok else '  TOO LARGE'}"
     )
 
 

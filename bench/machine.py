@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import platform
 import re
@@ -20,6 +21,9 @@ def threads_environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen={multi} intra_op_parallelism_threads={threads}",
+        # Without this XLA has a thread for each core, and runs products that do not wait for each
+        # other side by side, whatever the flags say.
+        "NPROC": str(threads),
     }
 
 
@@ -33,6 +37,16 @@ def cache_environment(folder: Path) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "triton"),
     }
+
+
+def keep_bytecode() -> None:
+    """Compile the modules of this working tree, as pip does those of the libraries it installs.
+
+    Python may have been told to keep no bytecode; then every process would compile them anew.
+    """
+    root = Path(__file__).resolve().parent.parent
+    for name in ("fastsvi", "kernels", "bench"):
+        compileall.compile_dir(root / name, quiet=2)
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,13 +133,28 @@ def find_block(run: Fit, seconds: float) -> int:
 
 def steady(run: Fit, block: int, seconds: float) -> list[float]:
     """Microseconds per step of at least two blocks of steps, and of more while time is left."""
+
+    def take(steps: int) -> float:
+        began = time.perf_counter()
+        run.run(steps)
+        return time.perf_counter() - began
+
     times: list[float] = []
     stop = time.perf_counter() + seconds
     while len(times) < 2 or time.perf_counter() < stop:
-        began = time.perf_counter()
-        run.run(block)
-        times.append(round((time.perf_counter() - began) / block * 1e6, 4))
+        times.append(round(per_step(run, take, block) * 1e6, 4))
     return times
+
+
+def per_step(run: Fit, take: Callable[[int], float], block: int) -> float:
+    """Seconds that one more step adds to a long run, if ``take(steps)`` gives those of a run.
+
+    What a run begins with, such as a look whether the program is still the one that was compiled,
+    is part of the time to fit and not of this.
+    """
+    if run.in_blocks or run.fixed_length:  # the beginning is none, or paid for once
+        return take(block) / block
+    return (take(4 * block) - take(block)) / (3 * block)
 
 
 def curve(losses: Array) -> dict[str, Any]:

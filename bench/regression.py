@@ -166,7 +166,11 @@ def eager(name: str, particles: int) -> Prepare:
 
 
 def compiled(name: str, particles: int, steps: int) -> Prepare:
-    """A compiled step, of a run of so many, beside one of hand-written torch on the same data."""
+    """A compiled step, of a run of so many, beside one of hand-written torch on the same data.
+
+    A run begins with a look whether the program is still the one that was compiled, some tens of
+    milliseconds; the steps of each take about as long again, so that neither may slow down.
+    """
 
     def prepare() -> Prepared:
         one = case(name, "cpu", particles)
@@ -212,13 +216,13 @@ MEASURES = (
     Measure("eager eight schools / Pyro", eager("eight_schools", 1)),
     Measure("eager eight schools, 64 particles / Pyro", eager("eight_schools", 64)),
     Measure("eager VAE / Pyro", eager("vae", 1)),
-    Measure("compiled eight schools / torch", compiled("eight_schools", 1, 5000)),
-    Measure("compiled eight schools, 64 particles / torch", compiled("eight_schools", 64, 200)),
-    Measure("compiled intercepts / torch", compiled("intercepts", 1, 500)),
-    Measure("compiled logistic, 16 particles / torch", compiled("logistic", 16, 20)),
-    Measure("compiled minibatch / torch", compiled("minibatch", 1, 500)),
-    Measure("compiled VAE / torch", compiled("vae", 1, 5)),
-    Measure("compiled regressions, 1,000 fits / torch", compiled("regressions", 1, 50)),
+    Measure("compiled eight schools / torch", compiled("eight_schools", 1, 150_000)),
+    Measure("compiled eight schools, 64 particles / torch", compiled("eight_schools", 64, 4000)),
+    Measure("compiled intercepts / torch", compiled("intercepts", 1, 10_000)),
+    Measure("compiled logistic, 16 particles / torch", compiled("logistic", 16, 60)),
+    Measure("compiled minibatch / torch", compiled("minibatch", 1, 3000)),
+    Measure("compiled VAE / torch", compiled("vae", 1, 15)),
+    Measure("compiled regressions, 1,000 fits / torch", compiled("regressions", 1, 100)),
     Measure("store: constrain 1,000 / dict", store("constrain_all", 1000)),
     Measure("store: clear 1,000 gradients / dict", store("zero_grad", 1000), WIDE_MARGIN),
     Measure("store: update 1,000 / dict", store("update", 1000), WIDE_MARGIN),

@@ -204,6 +204,12 @@ def show(curve: dict[str, Any]) -> None:
         print(f"{'':>12}  {curve['note']}")
 
 
+def write(path: Path | None, document: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = (*CURVES, "threads", "one")
@@ -220,6 +226,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not quiet:
         print(f"{describe(about)}, copy {bandwidth / 1e9:.1f} GB/s")
     curves: list[dict[str, Any]] = []
+    document = {
+        "machine": about,
+        "settings": {"device": options.device, "budget_s": options.budget},
+        "copy_gb_per_s": bandwidth / 1e9,
+        "curves": curves,
+    }
     for name in options.curves:
         for library in options.libraries:
             if not LIBRARIES[library].is_installed():
@@ -249,17 +261,11 @@ def main(arguments: list[str] | None = None) -> int:
             curves.append(found)
             if not quiet:
                 show(found)
-    document = {
-        "machine": about,
-        "settings": {"device": options.device, "budget_s": options.budget},
-        "copy_gb_per_s": bandwidth / 1e9,
-        "curves": curves,
-    }
+                write(options.json, document)  # a run may be stopped from outside
     if quiet:
         print(json.dumps(document))
     elif options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        write(options.json, document)
         print(f"wrote {options.json}")
     return 0
 

@@ -13,10 +13,12 @@ times count only if its losses are, step for step, those of the library that too
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import torch
 from bench import gates
 from bench.libraries import LIBRARIES, Fit, NotBuilt
 from bench.machine import describe, machine
-from bench.measure import BLOCK, curve
+from bench.measure import BLOCK, curve, per_step
 from bench.table import microseconds
 from bench.workloads import WORKLOADS, Array, Case, case
 
@@ -59,21 +61,21 @@ class Turn:
     def _find_block(self, seconds: float) -> int:
         block = BLOCK
         while True:
-            took = self._take(block) * block
+            took = self._take(block)
             if took > seconds / 4:
                 return max(1, int(block * seconds / took))
             block *= 4
 
     def _take(self, steps: int) -> float:
-        """Seconds per step."""
+        """Seconds of so many steps."""
         began = time.perf_counter()
         losses = self.fit.run(steps)
         took = time.perf_counter() - began
         self.losses.append(losses)
-        return took / steps
+        return took
 
     def time(self) -> None:
-        self.times.append(round(self._take(self.block) * 1e6, 4))
+        self.times.append(round(per_step(self.fit, self._take, self.block) * 1e6, 4))
 
     def result(self) -> dict[str, Any]:
         losses = np.concatenate(self.losses)
@@ -104,6 +106,28 @@ def measure(
             rows[name]["note"] = turn.fit.note
     judge(one, list(rows.values()))
     return list(rows.values())
+
+
+class _CaseWithData(Case):
+    """A case whose data are made once for all libraries."""
+
+    @cached_property
+    def _data(self) -> tuple[Array, ...]:
+        return super().data()
+
+    def data(self) -> tuple[Array, ...]:
+        return self._data
+
+
+def with_data(one: Case) -> Case:
+    return _CaseWithData(one.workload, one.size, one.particles, one.name)
+
+
+def release(device: str) -> None:
+    """Let go what a case has left behind, for the next one may be large."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _groups(libraries: Sequence[str]) -> Iterator[list[str]]:
@@ -185,6 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in installed:
             print(f"{name}: {LIBRARIES[name].distribution} is not installed")
     print(HEADER)
+    settings = {"threads": options.threads, "device": options.device, "size": size}
     start = time.monotonic()
     rows: list[dict[str, Any]] = []
     for name in options.workloads or (QUICK_WORKLOADS if options.quick else WORKLOADS):
@@ -196,16 +221,17 @@ def main(arguments: list[str] | None = None) -> int:
                 for row in some:
                     row["note"] = "left out: the time given to this run was spent"
             else:
-                some = measure(one, installed, options.device, options.rounds)
+                some = measure(with_data(one), installed, options.device, options.rounds)
+                release(options.device)
             rows += [row | {"size": size} for row in some]
             own = next((row for row in some if row["library"] == "fastsvi"), None)
             for row in some:
                 print(line(row, own), flush=True)
+            if options.json:  # each time, for a run may be stopped from outside
+                document = {"machine": about, "settings": settings, "rows": rows}
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(document, indent=1) + "\n")
     if options.json:
-        settings = {"threads": options.threads, "device": options.device, "size": size}
-        document = {"machine": about, "settings": settings, "rows": rows}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
         print(f"wrote {options.json}")
     gate = [repeat["gate"] for row in rows for repeat in row["repeats"]]
     return int(any(found != "passed" for found in gate))

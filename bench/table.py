@@ -10,7 +10,7 @@ from bench.libraries import LIBRARIES
 
 HEADER = (
     f"{'workload':<14}{'P':>5}{'F':>6}  {'library':<15}{'first s':>9}{'cold s':>16}{'warm s':>16}"
-    f"{'step us':>26}{'x':>8}{'MB':>7}{'ELBO':>12}"
+    f"{'step us':>26}{'x':>8}{'MB':>7}{'ELBO':>12}{'apart':>7}"
 )
 
 
@@ -27,6 +27,7 @@ def line(row: dict[str, Any], own: dict[str, Any] | None = None) -> str:
         f"{_ratio(own, counted):>8}",
         f"{_spread(memory(row, counted), '{:.0f}'.format, False):>7}",
         f"{_spread(elbos, '{:.2f}'.format, False):>12}",
+        f"{_apart(row):>7}",
     ]
     return "".join(cells) + (f"  {row['note']}" if row["note"] else "")
 
@@ -82,3 +83,11 @@ def _ratio(own: dict[str, Any] | None, repeats: Sequence[dict[str, Any]]) -> str
     if not others:
         return "-"
     return f"{statistics.median(mine) / statistics.median(others):.3f}" if mine else "?"
+
+
+def _apart(row: dict[str, Any]) -> str:
+    """The largest of all repeats; ``=`` for NumPyro itself, ``?`` where it has no guide to show."""
+    found = [repeat["apart"]["errors"] for repeat in row["repeats"] if "apart" in repeat]
+    if found:
+        return f"{max(found):.1f}"
+    return "=" if row["library"] == "numpyro" else "?"

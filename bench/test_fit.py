@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import gates
+from bench import agreement, gates
 from bench.libraries import NotBuilt
 from bench.libraries.with_fastsvi import FastSVIFit
 from bench.test_step import CASES
 from bench.workloads import case
-from bench.workloads.log_joints import elbo
 
 
 @pytest.mark.parametrize(("name", "particles"), CASES)
@@ -33,4 +32,4 @@ def test_fit(benchmark, name, particles):
         pytest.skip(str(reason))
     benchmark.extra_info["steps"] = one.steps
     benchmark.pedantic(fit, setup=begin, rounds=3)
-    assert gates.final(*elbo(one, fits[-1].posterior()), one.size) is None
+    assert gates.final(*agreement.evaluate(one, fits[-1].posterior()), one) is None

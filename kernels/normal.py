@@ -90,17 +90,26 @@ def backward_reference(
         through_z = (grad_log_q.unsqueeze(-1) * noise) / scale.unsqueeze(1)
         grad_z = -through_z if grad_z is None else grad_z - through_z
         grad_log_q = None
-    grad_loc = grad_raw = None
-    if grad_z is not None:
-        grad_loc = grad_z.sum(1)
-        grad_raw = (grad_z * noise).sum(1)
-        grad_raw = grad_raw if slope is None else grad_raw * slope
+    grad_loc = grad_raw = entropy = None
+    # In an order in which few tensors are alive at once, for wide models.
     if grad_log_q is not None:
         entropy = grad_log_q.sum(1, keepdim=True)  # [F, 1]
         log_slope = log_scale_slope(raw_scale, scale, slope, scale_map)
         entropy = entropy.expand_as(raw_scale) if log_slope is None else entropy * log_slope
+        del log_slope
+    del scale
+    if grad_z is not None:
+        grad_loc = _over_particles(grad_z)
+        grad_raw = _over_particles(grad_z * noise)
+        grad_raw = grad_raw if slope is None else grad_raw * slope
+    if entropy is not None:
         grad_raw = -entropy if grad_raw is None else grad_raw - entropy
     return grad_loc, grad_raw
+
+
+def _over_particles(x: Tensor) -> Tensor:
+    """Sum of [F, P, D] over P; of one particle without a copy."""
+    return x.squeeze(1) if x.shape[1] == 1 else x.sum(1)
 
 
 def draw_noise(raw_scale: Tensor, key: Tensor, origin: Tensor, num_particles: int) -> Tensor:
@@ -441,7 +450,8 @@ def _sample(
         kinds = table.kinds_in_use
     batch = (x if x is None else x[None] for x in (loc, raw_scale, key, origin, noise))
     value, log_q, log_det = _forward_op(*batch, tensors, kinds, *options)
-    return value[0], log_q[0], None if table is None else log_det[0]
+    # Not by an index, whose backward pass would write everything into zeros.
+    return value.squeeze(0), log_q.squeeze(0), None if table is None else log_det.squeeze(0)
 
 
 def check(

@@ -99,7 +99,7 @@ class Segments:
         and those that fill their tile are read and written with full-width aligned accesses.
         """
         offsets = self.offsets.cpu()
-        tiles = torch.arange(0, self.num_elements, TILE)
+        tiles = torch.arange(0, self.num_elements, TILE, device="cpu")
         edges = torch.cat([offsets, tiles]).unique()
         starts, stops = edges[:-1], edges[1:]
         # Of several segments that start there, the last: the others are empty.

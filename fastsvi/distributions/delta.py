@@ -102,7 +102,8 @@ class Delta(TorchDistribution):
         same = as_tensor(self, value) == self.v
         if self.event_dim:
             same = same.flatten(-self.event_dim).all(-1)
-        log_prob = same.to(self._dtype()).log()
+        log_prob = same.to(self._dtype()).log_()
+        del same
         density = self._log_density
         return log_prob if is_identically_zero(density) else log_prob + density
 

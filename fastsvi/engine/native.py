@@ -8,12 +8,13 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from fastsvi.engine.graph import Graph
 from fastsvi.engine.loops import blas, build
 from fastsvi.engine.loops.emit import emit
 from fastsvi.engine.loops.lower import Program
 from fastsvi.engine.loops.memory import ALIGNMENT
 from fastsvi.engine.loops.schedule import schedule
-from fastsvi.engine.record import Aliases, Graph, record
+from fastsvi.engine.record import Aliases, record
 from fastsvi.errors import CaptureError
 
 Step = Callable[..., Sequence[Tensor]]
@@ -165,6 +166,10 @@ class NativeStep:
         self._arenas.append(arena)
         torch.autograd.graph.increment_version(own)
         return losses if done == num_steps else losses[:done]
+
+    def release(self) -> None:
+        """Let go of the working memory; the next run asks for it anew."""
+        self._arenas.clear()
 
     def _compare(
         self, tensors: Sequence[Tensor], num_state: int, num_steps: int, stepped: Collection[int]

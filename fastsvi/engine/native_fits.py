@@ -22,6 +22,8 @@ class NativeFits:
         state: ``[F, *shape]`` each, contiguous; overwritten.
         inputs: as those of the step, or with the fits in front where ``is_own`` says so.
         is_own: for each input whether every fit has its own.
+        is_stepped: for each input whether it has an axis of steps before all others, of which each
+            step reads the row of its number; by default none has.
 
     Raises:
         CaptureError: a tensor does not have the shape, dtype or place that the step needs.
@@ -46,16 +48,20 @@ class NativeFits:
         state: Sequence[Tensor],
         inputs: Sequence[Tensor],
         is_own: Sequence[bool],
+        is_stepped: Sequence[bool] = (),
     ) -> None:
         native.build()
         self._native = native
         self._kept = [*state, *inputs]  # the table below holds their addresses only
         num_fits = len(state[0])
         fits = torch.arange(num_fits)
-        columns = []
-        pairs = zip([*state, *inputs], [*[True] * len(state), *is_own], strict=True)
-        for (tensor, own), (shape, dtype) in zip(pairs, native._form, strict=True):
-            expected = (num_fits, *shape) if own else tuple(shape)
+        columns, advances = [], []
+        all_own = [*[True] * len(state), *is_own]
+        all_stepped = [*[False] * len(state), *(is_stepped or [False] * len(inputs))]
+        pairs = zip([*state, *inputs], all_own, all_stepped, strict=True)
+        for (tensor, own, stepped), (shape, dtype) in zip(pairs, native._form, strict=True):
+            steps = tuple(tensor.shape[:1]) if stepped else ()
+            expected = (*steps, num_fits, *shape) if own else (*steps, *shape)
             if tuple(tensor.shape) != expected or tensor.dtype != dtype:
                 raise CaptureError(
                     f"a step of {num_fits} fits needs a tensor of shape {expected}, {dtype}, found "
@@ -63,16 +69,20 @@ class NativeFits:
                 )
             if tensor.device.type != "cpu" or not tensor.is_contiguous():
                 raise CaptureError("the tensors of native fits must be contiguous and on the CPU")
-            stride = tensor.stride(0) * tensor.element_size() if own else 0
+            stride = tensor.stride(len(steps)) * tensor.element_size() if own else 0
             columns.append(tensor.data_ptr() + fits * stride)
+            advances.append(tensor.stride(0) * tensor.element_size() if stepped else 0)
         self._table = torch.stack(columns, 1)  # addresses [F, n]
+        self._advances = torch.tensor(advances)  # bytes from step to step
+        self._strides = (ctypes.c_int64 * (len(advances) + 1))(*advances)
 
-    def run(self, fits: Tensor, losses: Tensor) -> Tensor:
+    def run(self, fits: Tensor, losses: Tensor, first: int = 0) -> Tensor:
         """Take ``losses.shape[1]`` steps with some fits; calls in several threads may overlap.
 
         Args:
             fits: numbers of the fits, int64 ``[n]``.
             losses: ``[n, steps]``, contiguous rows; overwritten.
+            first: the row that the first of these steps reads of what has an axis of steps.
 
         Returns:
             How many steps each made, int64 ``[n]``, before one that said to halt.
@@ -81,7 +91,7 @@ class NativeFits:
         library, arenas = native._library, native._arenas
         if library is None:
             raise CaptureError("a native step was run before it was built")
-        rows = self._table[fits]
+        rows = self._table[fits] + first * self._advances
         done = torch.zeros(len(fits), dtype=torch.int64)
         try:
             arena = arenas.pop()
@@ -91,7 +101,7 @@ class NativeFits:
             len(fits),
             rows.data_ptr(),
             rows.shape[1],
-            native._standing,
+            self._strides,
             native._constant_pointers,
             -(-arena.data_ptr() // ALIGNMENT) * ALIGNMENT,
             losses.data_ptr(),

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsvi.engine.noise_blocks import Blocks, Place
+from fastsvi.engine.noise_blocks import Blocks, Place, in_pieces
 from fastsvi.engine.noise_op import normal_noise, random_subset, uniform_noise
 from fastsvi.errors import CaptureError
 from fastsvi.kernels import philox, subsample
@@ -143,8 +143,11 @@ class NoiseStream:
 
         def several(step: int, count: int) -> Tensor:
             origin = torch.tensor([0, step, first, 0])
-            shape = (1, num_particles, num_elements)
-            return philox.normal_block(place.key, origin, count, *shape, dtype)
+
+            def part(origin: Tensor, particles: int, elements: int) -> Tensor:
+                return philox.normal_block(place.key, origin, count, 1, particles, elements, dtype)
+
+            return in_pieces(part, origin, (count, 1, num_particles, num_elements), dtype)
 
         what = (first, num_particles, num_elements, dtype)
         size = num_particles * num_elements * dtype.itemsize
@@ -319,7 +322,12 @@ class StepNoise(ProgramNoise):
 
         def several(step: int, count: int) -> Tensor:
             origin = torch.tensor([group, step, first, 0])
-            return philox.draw_reference(place.key, origin, count, *shape, kind, dtype)
+
+            def part(origin: Tensor, particles: int, elements: int) -> Tensor:
+                sizes = (count, 1, particles, elements)
+                return philox.draw_reference(place.key, origin, *sizes, kind, dtype)
+
+            return in_pieces(part, origin, (count, *shape), dtype)
 
         what = (kind, group, first, particles, elements, dtype)
         size = particles * elements * dtype.itemsize
@@ -351,6 +359,7 @@ class RecordedNoise(ProgramNoise):
         keys: by stream, those of ``TRAINING``, ``PROGRAM`` and ``SUBSETS``, int64 ``[2]`` each.
         origin: of the step, int64 ``[4]``. Under a vmap over fits, those of consecutive ones.
         by_kernel: leave what a guide draws all at once to the sampling kernel.
+        start: where the particles are counted from, by default ``origin``.
 
     >>> keys = {stream: philox.derive_key(0, stream) for stream in (TRAINING, PROGRAM, SUBSETS)}
     >>> recorded = RecordedNoise(keys, philox.make_origin(step=5))
@@ -362,11 +371,17 @@ class RecordedNoise(ProgramNoise):
     """
 
     def __init__(
-        self, keys: Mapping[int, Tensor], origin: Tensor, *, by_kernel: bool = False
+        self,
+        keys: Mapping[int, Tensor],
+        origin: Tensor,
+        *,
+        by_kernel: bool = False,
+        start: Tensor | None = None,
     ) -> None:
         super().__init__()
         self._keys = keys
-        self._origin = origin
+        self._origin = origin  # that of subsets, which all particles share
+        self._start = origin if start is None else start
         self._by_kernel = by_kernel
 
     def draw(
@@ -386,8 +401,8 @@ class RecordedNoise(ProgramNoise):
 
     def _at(self, particle: int) -> Tensor:
         if not particle:
-            return self._origin
-        return self._origin + philox.make_origin(particle=particle, device=self._origin.device)
+            return self._start
+        return self._start + philox.make_origin(particle=particle, device=self._origin.device)
 
     def _noise(
         self,

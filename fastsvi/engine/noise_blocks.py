@@ -35,6 +35,33 @@ class Place:
         return self._origin + self._particles[particle]
 
 
+# Elements that are drawn at once: their words, and what is made of them, stay in the cache.
+_PIECE = 64 * philox.TILE
+
+
+def in_pieces(
+    draw: Callable[[Tensor, int, int], Tensor],
+    origin: Tensor,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """``draw(origin, particles, elements)`` on the CPU, of shape ``[K, F, particles, elements]``.
+
+    Many elements are drawn particle by particle and piece by piece, into the one result: Philox
+    takes some twenty times the memory of the numbers that it gives. They are the same numbers.
+    """
+    *_, particles, elements = shape
+    if elements <= _PIECE:
+        return draw(origin, particles, elements)
+    result = torch.empty(shape, dtype=dtype)
+    for particle in range(particles):
+        for first in range(0, elements, _PIECE):
+            there = origin + philox.make_origin(element=first, particle=particle)
+            size = min(_PIECE, elements - first)
+            result[:, :, particle, first : first + size] = draw(there, 1, size)[:, :, 0]
+    return result
+
+
 class Blocks:
     """Noise of many steps on the CPU, drawn at once.
 

@@ -4,122 +4,30 @@ The function runs once, on real tensors. A dispatch mode below autograd and ``vm
 operation that reaches it, forward, backward and update alike. What depends on constants only has
 been computed by that run, so constants are folded and equal operations merged at no cost.
 
+Nothing reads the values of what depends on the inputs. Where that is large, only its outline is
+made: to record a step of ten million parameters takes neither memory nor time.
+
 This is what ``make_fx`` does, less the symbolic shapes: importing those takes longer than the whole
 fit of a small model.
 """
 
 from __future__ import annotations
 
-import traceback
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fastsvi.engine.decompose import decompositions
+from fastsvi.engine.graph import Graph, Node, identity, members, operands, replaced, statement
+from fastsvi.engine.outline import NeedsValues, is_larger, outline
+from fastsvi.engine.reads import Reads
 from fastsvi.errors import CaptureError
 
 aten = torch.ops.aten
-
-
-@dataclass(eq=False)
-class Node:
-    """One operation, input or constant of a recorded run.
-
-    ``value`` is the tensor of an input or a constant; that of an operation was let go.
-    """
-
-    op: Any  # an OpOverload, "input", "constant", or ("item", OpOverload, position)
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    value: Tensor | None = None
-    users: int = 0
-    where: str = ""  # the statement of the user that made it
-
-    @classmethod
-    def holding(cls, kind: str, tensor: Tensor) -> Node:
-        """An input or a constant."""
-        return cls(kind, (), {}, tuple(tensor.shape), tensor.dtype, tensor)
-
-    @property
-    def is_constant(self) -> bool:
-        return self.op == "constant"
-
-    @property
-    def name(self) -> str:
-        """Name of the operation without its overload, such as ``add``."""
-        if isinstance(self.op, str):
-            return self.op
-        op = self.op[1] if isinstance(self.op, tuple) else self.op
-        return op._schema.name.partition("::")[2]
-
-
-@dataclass
-class Graph:
-    """A recorded function: ``outputs`` as operations of ``inputs`` and constants, in order."""
-
-    inputs: list[Node]
-    nodes: list[Node]
-    outputs: list[Node]
-    read: list[tuple[weakref.ref[Tensor], int]]  # tensors taken for constant, and their versions
-
-    def is_current(self) -> bool:
-        """Whether nothing that was taken for constant has been written to since."""
-        tensors = ((reference(), version) for reference, version in self.read)
-        return all(tensor is None or tensor._version == version for tensor, version in tensors)
-
-    def difference(self, other: Graph) -> str | None:
-        """The first operation or constant in which two recordings of one function differ.
-
-        Both ran on the same inputs; whatever differs stems from Python state that has changed.
-        """
-        twin = dict(zip(self.inputs, other.inputs, strict=True))
-        for mine, its in zip(self.nodes, other.nodes, strict=False):
-            found = _difference((mine.args, mine.kwargs), (its.args, its.kwargs), twin)
-            if mine.op != its.op:
-                found = f"`{mine.name}` has become `{its.name}`"
-            if found is not None:
-                return f"{found} at {its.where}"
-            twin[mine] = its
-        if len(self.nodes) != len(other.nodes):
-            return f"{len(self.nodes)} operations have become {len(other.nodes)}"
-        return _difference(self.outputs, other.outputs, twin)
-
-
-def _difference(mine: Any, its: Any, twin: dict[Node, Node]) -> str | None:
-    """How two arguments differ, given the nodes found to be the same; None if they do not."""
-    if isinstance(mine, Node) and isinstance(its, Node):
-        if mine in twin or not (mine.is_constant and its.is_constant):
-            return None if twin.get(mine) is its else "the operands have changed"
-        twin[mine] = its
-        one, other = mine.value, its.value
-        if one is None or other is None:
-            return "the operands have changed"
-        same = one.shape == other.shape and one.dtype == other.dtype
-        if same and (one.data_ptr() == other.data_ptr() or _are_equal(one, other)):
-            return None
-        if one.numel() == other.numel() == 1:
-            return f"the number {one.item():g} has become {other.item():g}"
-        return f"a constant of shape {tuple(one.shape)} has changed"
-    if isinstance(mine, list | tuple) and isinstance(its, list | tuple) and len(mine) == len(its):
-        found = (_difference(a, b, twin) for a, b in zip(mine, its, strict=True))
-        return next((text for text in found if text is not None), None)
-    if isinstance(mine, dict) and isinstance(its, dict) and mine.keys() == its.keys():
-        return _difference([mine[key] for key in mine], [its[key] for key in mine], twin)
-    same = type(mine) is type(its) and (mine == its or (mine != mine and its != its))
-    return None if same else f"the argument {mine!r} has become {its!r}"
-
-
-def _are_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether all entries are equal, with NaN equal to NaN."""
-    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 # Reading these from a tensor that depends on the inputs makes Python depend on data.
@@ -142,16 +50,24 @@ _WRITE_BACK: dict[Any, Callable[..., Tensor]] = {
 }
 
 
+# Tensors of so many elements, and all that is made of them, are recorded without their values.
+_LARGE = 1 << 20
+
+
 class _Recorder(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         # True would import Dynamo, a second or more, only to tell it to keep away.
         return False
 
-    def __init__(self) -> None:
+    def __init__(self, *, decomposed: bool, computes: bool, keeps: bool) -> None:
         super().__init__()
+        self._kept: list[Tensor] | None = [] if keeps else None
+        self._computes = computes  # everything, be it ever so large
+        self._hollow: set[Node] = set()  # whose tensors hold no values
         self.nodes: list[Node] = []
         self._own: set[int] = set()  # memory of the inputs
+        self._fresh: set[int] = set()  # memory of constants that were computed by the function
         self.read: list[tuple[weakref.ref[Tensor], int]] = []
         self._node_of: dict[int, Node] = {}
         # Views of what was changed in place since, by id: the base, and how they come of it.
@@ -161,7 +77,7 @@ class _Recorder(TorchDispatchMode):
         # what a wide model computes is let go as it is in an eager step.
         self._alive: dict[int, weakref.ref[Tensor]] = {}
         self._seen: dict[Any, Node] = {}
-        self._table = decompositions()
+        self._table = decompositions() if decomposed else {}
 
     def input(self, tensor: Tensor) -> Node:
         self._own.add(tensor.untyped_storage().data_ptr())
@@ -174,6 +90,8 @@ class _Recorder(TorchDispatchMode):
         if id(tensor) in self._stale:
             return self._anew(tensor)
         node = self._node_of.get(id(tensor))
+        if node is None and (twin := self._twin(tensor)) is not None:
+            return self._bind(tensor, twin)
         if node is None:
             node = self._bind(tensor, Node.holding("constant", tensor.detach()))
             place = tensor.untyped_storage().data_ptr()
@@ -181,8 +99,34 @@ class _Recorder(TorchDispatchMode):
                 self.read.append((weakref.ref(tensor), tensor._version))
         return node
 
+    def _twin(self, tensor: Tensor) -> Node | None:
+        """The node of another object with the same memory, as ``nn.Parameter(x)`` is of ``x``."""
+        memory = tensor.untyped_storage().data_ptr()
+        for key, reference in self._alive.items():
+            known = reference()
+            if known is None or key in self._stale or known.untyped_storage().data_ptr() != memory:
+                continue
+            node = self._node_of[key]
+            if memory and not node.is_constant and _place(known) == _place(tensor):
+                return node
+        return None
+
+    def refuse(self, tensor: Tensor, name: str) -> None:
+        """Raise an error if ``tensor``, which Python is about to read, depends on the inputs."""
+        node = self._node_of.get(id(tensor)) or self._twin(tensor)
+        if node is not None and not node.is_constant:
+            raise self._reads(name)
+
+    def _reads(self, how: Any) -> CaptureError:
+        return CaptureError(
+            f"{statement()} reads a tensor back to Python ({how}), so what follows depends on "
+            "data; use torch.where instead of `if`, and keep values as tensors"
+        )
+
     def _bind(self, tensor: Tensor, node: Node) -> Node:
         key = id(tensor)
+        if self._kept is not None:
+            self._kept.append(tensor)
         self._node_of[key] = node
         if key not in self._alive:
             self._alive[key] = weakref.ref(tensor, lambda _: self._forget(key))
@@ -208,13 +152,10 @@ class _Recorder(TorchDispatchMode):
         if func._can_decompose():  # below autograd, where composite operations arrive whole
             with self:
                 return func.decompose(*args, **kwargs)
-        inputs = [self.node_of(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        inputs = [self.node_of(x) for x in members((args, kwargs), Tensor)]
         varies = any(not node.is_constant for node in inputs)
         if varies and func in _READS:
-            raise CaptureError(
-                f"{statement()} reads a tensor back to Python ({func}), so what follows depends on "
-                "data; use torch.where instead of `if`, and keep values as tensors"
-            )
+            raise self._reads(func)
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise CaptureError(
                 f"{statement()} draws from torch's generator ({func}), which a captured step "
@@ -222,22 +163,37 @@ class _Recorder(TorchDispatchMode):
             )
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs, varies)
-        out = func(*args, **kwargs)
-        if not varies or out is None:  # None: a check, as of the success of a factorisation
+        hollow = varies and self._is_hollow(func, args, inputs)
+        out = outline(func, args, kwargs) if hollow else func(*args, **kwargs)
+        # None comes of a check, as of the success of a factorisation, and True of `x.is_pinned()`.
+        if not varies or out is None or isinstance(out, bool):
+            given = [node.value for node in inputs if node.value is not None]
+            self._fresh |= _memory(out) - _memory(given)
             return out  # becomes a constant if it is used
         if isinstance(out, Tensor):
-            self._bind(out, self._make(func, args, kwargs, out))
+            made = [self._bind(out, self._make(func, args, kwargs, out))]
         else:
-            for position, item in enumerate(out):
-                if isinstance(item, Tensor):
-                    op = ("item", func, position)
-                    self._bind(item, self._make(op, args, kwargs, item))
+            made = [
+                self._bind(item, self._make(("item", func, position), args, kwargs, item))
+                for position, item in enumerate(out)
+                if isinstance(item, Tensor)
+            ]
+        if hollow:
+            self._hollow.update(made)
         return out
+
+    def _is_hollow(self, func: Any, args: tuple[Any, ...], inputs: list[Node]) -> bool:
+        """Whether the result of an operation is not to be computed."""
+        if self._computes:
+            return False
+        return not self._hollow.isdisjoint(inputs) or is_larger(func, args, _LARGE)
 
     def _in_place(self, func: Any, args: Any, kwargs: Any, varies: bool) -> Any:
         target, name = args[0], func._schema.name.partition("::")[2]
         known = not self.node_of(target).is_constant
         if not varies and not known:
+            if target.untyped_storage().data_ptr() not in self._fresh:
+                raise self._changes_in_place(func)  # before it does: nobody would take it back
             return func(*args, **kwargs)
         # `x.add_(y)` is `x = x.add(y)` as long as nobody else looks at x.
         twin = getattr(aten, name[:-1], None) if name.endswith("_") else None
@@ -254,7 +210,7 @@ class _Recorder(TorchDispatchMode):
             whole = self._written_back(target, result, func) if target._base is not None else None
         node, base = self.node_of(result), target if whole is None else target._base
         self._let_go_stale(base)
-        out = func(*args, **kwargs)
+        out = target if node in self._hollow else func(*args, **kwargs)
         self._bind(base, node if whole is None else self.node_of(whole))
         self._bind(target, node)
         self._stale.pop(id(target), None)
@@ -319,8 +275,8 @@ class _Recorder(TorchDispatchMode):
         )
 
     def _make(self, op: Any, args: Any, kwargs: Any, value: Tensor) -> Node:
-        args, kwargs = tree_map_only(Tensor, self.node_of, (args, kwargs))
-        key = (op, _identity(args), _identity(sorted(kwargs.items())))
+        args, kwargs = replaced((args, kwargs), Tensor, self.node_of)
+        key = (op, identity(args), identity(kwargs))
         node = self._seen.get(key)
         if node is None:
             node = Node(op, args, kwargs, tuple(value.shape), value.dtype, where=statement())
@@ -329,27 +285,26 @@ class _Recorder(TorchDispatchMode):
         return node
 
 
-def _identity(value: Any) -> Any:
-    """A hashable stand-in for an argument, equal only for arguments that mean the same."""
-    if isinstance(value, list | tuple):
-        return tuple(_identity(x) for x in value)
-    return id(value) if isinstance(value, Node) else (type(value), repr(value))
+def _memory(tensors: Any) -> set[int]:
+    found = tensors if isinstance(tensors, list | tuple) else [tensors]
+    return {x.untyped_storage().data_ptr() for x in found if isinstance(x, Tensor)}
 
 
-def statement() -> str:
-    """The innermost statement outside of torch and fastsvi, as ``file:line: source``."""
-    for frame in reversed(traceback.extract_stack()):
-        path = frame.filename.replace("\\", "/")
-        if not any(part in path for part in ("/torch/", "/fastsvi/", "/kernels/", "<frozen")):
-            return f"{path}:{frame.lineno}: `{frame.line}`"
-    return "the step"
+def _place(tensor: Tensor) -> Any:
+    return tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 Aliases = Sequence[tuple[Tensor, Callable[..., Tensor]]]
 
 
 def record(
-    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], aliases: Aliases = ()
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    aliases: Aliases = (),
+    *,
+    decomposed: bool = True,
+    computes: bool = False,
+    keeps: bool = False,
 ) -> Graph:
     """Run ``function(*inputs)`` once and return what it did as a :class:`Graph`.
 
@@ -358,6 +313,11 @@ def record(
         inputs: its arguments.
         aliases: tensors that are parts of the inputs though nothing tells so, such as parameters
             that live in a flat buffer: each with the function of the inputs that it is.
+        decomposed: state operations in simpler ones, for native loops. Where each operation will
+            be a launch of its own, the fewer the better.
+        computes: compute everything, be it ever so large.
+        keeps: let go of no tensor, so that those are known that are made of its memory by no
+            operation, as ``nn.Parameter(x + 1)`` is.
 
     Raises:
         CaptureError: the function reads a tensor back to Python, changes a tensor in place that
@@ -367,12 +327,25 @@ def record(
     >>> [node.name for node in graph.nodes]
     ['mul', 'sum']
     """
-    recorder = _Recorder()
+    try:
+        recorder = _Recorder(decomposed=decomposed, computes=computes, keeps=keeps)
+        return _record(recorder, function, inputs, aliases)
+    except NeedsValues:
+        recorder = _Recorder(decomposed=decomposed, computes=True, keeps=keeps)
+        return _record(recorder, function, inputs, aliases)
+
+
+def _record(
+    recorder: _Recorder,
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    aliases: Aliases,
+) -> Graph:
     nodes = [recorder.input(tensor) for tensor in inputs]
     with recorder, torch.no_grad():
         for tensor, part in aliases:
             recorder.alias(tensor, part(*inputs))
-    with recorder:
+    with recorder, Reads(recorder.refuse):
         outputs = [recorder.node_of(tensor) for tensor in function(*inputs)]
     return _live(Graph(nodes, recorder.nodes, outputs, recorder.read))
 
@@ -389,8 +362,3 @@ def _live(graph: Graph) -> Graph:
             pending += operands(node)
     graph.nodes = [node for node in graph.nodes if id(node) in live]
     return graph
-
-
-def operands(node: Node) -> list[Node]:
-    """Nodes among the arguments of ``node``."""
-    return [x for x in tree_flatten((node.args, node.kwargs))[0] if isinstance(x, Node)]

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from fastsvi.engine.record import Graph, Node
+from fastsvi.engine.graph import Graph, Node, identity, replaced
+from fastsvi.engine.rounds import loop_of
 
-_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
 def replay(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -32,25 +32,51 @@ def replay(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
     def value(node: Node) -> Tensor:
         return values[node] if node.value is None or node in values else node.value
 
-    for node in graph.nodes:
-        args, kwargs = tree_map_only(Node, value, (node.args, node.kwargs))
+    def compute(node: Node) -> Tensor:
+        args, kwargs = replaced((node.args, node.kwargs), Node, value)
         if not isinstance(node.op, tuple):
             # A view of one tensor need not be a view of several side by side.
-            op = torch.reshape if node.op in _VIEWS else node.op
-            values[node] = op(*args, **kwargs)
-            continue
+            op = torch.reshape if node.op in VIEWS else node.op
+            if op is torch.ops.aten.slice_scatter.default:
+                args = _within(*args)
+            return op(*args, **kwargs)
         _, op, position = node.op
-        key = op, _identity(node.args), _identity(sorted(node.kwargs.items()))
+        key = op, identity(node.args), identity(node.kwargs)
         if key not in several:
             several[key] = op(*args, **kwargs)
-        values[node] = several[key][position]
+        return several[key][position]
+
+    before, body, after, count = loop_of(graph)
+    for node in before:
+        values[node] = compute(node)
+    totals: dict[Node, Tensor] = {}
+    for number in range(count if body else 0):
+        several.clear()
+        for node in body:
+            if node.name == "round_number":
+                values[node] = torch.full((), number, device=value(node.args[0]).device)
+            elif node.name == "sum_of_rounds":
+                term = value(node.args[0])
+                totals[node] = totals[node] + term if number else term
+            else:
+                values[node] = compute(node)
+    values.update(totals)
+    for node in after:
+        values[node] = compute(node)
     return [value(node) for node in graph.outputs]
 
 
-def _identity(argument: Any) -> Any:
-    if isinstance(argument, list | tuple):
-        return tuple(map(_identity, argument))
-    return id(argument) if isinstance(argument, Node) else repr(argument)
+def _within(
+    base: Tensor,
+    part: Tensor,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> tuple[Any, ...]:
+    """Arguments of ``slice_scatter`` with limits that lie in the tensor: vmap's rule needs it."""
+    first, last, _ = slice(start, end, step).indices(base.shape[dim])
+    return base, part, dim, first, last, step
 
 
 class ReplayStep:

@@ -1,6 +1,6 @@
 """Inference: losses, the fitting loop, guides made from models, and posterior predictions."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastsvi.infer import autoguide
 from fastsvi.infer.abstract_infer import EmpiricalMarginal, TracePosterior
@@ -15,10 +15,12 @@ from fastsvi.infer.elbo import (
 )
 from fastsvi.infer.importance import Importance, psis_diagnostic, vectorized_importance_weights
 from fastsvi.infer.predictive import Predictive
-from fastsvi.infer.profiling import profile
 from fastsvi.infer.run_result import SVIRunResult, Timings
 from fastsvi.infer.svi import SVI
 from fastsvi.infer.util import enable_validation, is_validation_enabled
+
+if TYPE_CHECKING:
+    from fastsvi.infer.profiling import profile  # see below
 
 __all__ = [
     "ELBO",
@@ -63,6 +65,10 @@ class NotInFastSVIError(ImportError):
 
 
 def __getattr__(name: str) -> Any:
+    if name == "profile":  # seldom wanted, and a tenth of the time of the import
+        from fastsvi.infer.profiling import profile
+
+        return profile
     if name in _MISSING:
         raise NotInFastSVIError(f"fastsvi.infer has no {name}: {_MISSING[name]}.")
     raise AttributeError(f"module 'fastsvi.infer' has no attribute {name!r}")

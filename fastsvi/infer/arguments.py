@@ -123,6 +123,10 @@ class Inputs:
                 return False
         return True
 
+    def forget(self) -> None:
+        """Copy all again, also what was not written to as far as its version tells."""
+        self._held = [None] * len(self._held)
+
     def hold(self, arguments: Arguments) -> None:
         """Copy the lifted leaves of ``arguments`` to where the step reads them."""
         for k, (position, tensor) in enumerate(zip(self.positions, self.tensors, strict=True)):

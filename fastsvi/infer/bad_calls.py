@@ -9,14 +9,20 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsvi.errors import DeviceError, FastSVIError, OutOfMemoryError, describe
 from fastsvi.infer.arguments import Arguments
-from fastsvi.infer.memory import available_bytes, in_words, is_out_of_memory, requested_bytes
+from fastsvi.infer.memory import (
+    available_bytes,
+    floor_bytes,
+    in_words,
+    is_out_of_memory,
+    requested_bytes,
+)
 from fastsvi.poutine.runtime import PARAM_STORE
 
 if TYPE_CHECKING:
@@ -135,8 +141,12 @@ def _out_of_memory(error: BaseException, svi: SVI) -> OutOfMemoryError:
     if svi._program is not None and not svi._program.rehearsed:
         chunk = 1  # it was one particle that failed, looked at before the others
     requested, free = requested_bytes(error), available_bytes(error)
+    sizes = _sizes(svi)
+    if requested is not None and sizes.latent:
+        # An eager step of a wide guide takes fewer at once.
+        chunk = min(chunk, max(1, requested // (sizes.latent * sizes.itemsize)))
     words = f"{particles} particles" if particles > 1 else "1 particle"
-    found = [f"SVI: out of memory with {words} (P) and {_size(svi)}"]
+    found = [f"SVI: out of memory with {words} (P) and {sizes}"]
     if requested is not None:
         found.append(f"; {in_words(requested)} could not be had")
     if free is not None:
@@ -147,7 +157,8 @@ def _out_of_memory(error: BaseException, svi: SVI) -> OutOfMemoryError:
         found.append(
             f"Evaluate the particles in pieces, {type(elbo).__name__}(num_particles={particles}, "
             f"vectorize_particles=True, chunk_size={fitting}): the result is the same, and "
-            f"{fitting} particle{'s' if fitting > 1 else ''} at once should fit."
+            f"{fitting} particle{'s' if fitting > 1 else ''} at once should fit"
+            f"{sizes.least(fitting)}."
         )
     else:
         found.append(
@@ -168,15 +179,36 @@ def _fitting(chunk: int, requested: int | None, free: int | None) -> int | None:
     return 1 << int(fitting).bit_length() - 1 if fitting >= 1 else None
 
 
-def _size(svi: SVI) -> str:
-    """How many latent elements there are, or parameter elements where a guide does not tell."""
+class _Sizes(NamedTuple):
+    """Numbers of parameters and of latent elements, 0 where a guide does not tell."""
+
+    parameters: int
+    latent: int
+    itemsize: int
+
+    def __str__(self) -> str:
+        if self.latent:
+            return f"{self.latent:,} latent elements (D)"
+        return f"{self.parameters:,} elements of parameters (D)"
+
+    def least(self, particles: int) -> str:
+        """What a run takes with chunks of so many particles, in words."""
+        if not self.latent:
+            return ""
+        sizes = self.parameters, self.latent, particles, self.itemsize
+        floor = floor_bytes(*sizes, chunked=True)
+        return f", in {in_words(floor)} or more in all"
+
+
+def _sizes(svi: SVI) -> _Sizes:
+    leaves = [leaf for _, leaf in PARAM_STORE.named_parameters()]
+    itemsize = max((leaf.element_size() for leaf in leaves), default=4)
     guide = None if svi._program is None else svi._program.guide
+    latent = 0
     if getattr(type(guide), "fused", None) is not None and svi._targets.leaves:
         fused = guide.fused()  # type: ignore[union-attr]
-        if fused is not None:
-            return f"{fused.num_elements:,} latent elements (D)"
-    count = sum(leaf.numel() for _, leaf in PARAM_STORE.named_parameters())
-    return f"{count:,} elements of parameters (D)"
+        latent = 0 if fused is None else fused.num_elements
+    return _Sizes(sum(leaf.numel() for leaf in leaves), latent, itemsize)
 
 
 def _first_line(error: BaseException) -> str:

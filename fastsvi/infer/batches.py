@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 
 from fastsvi.errors import ConstraintError, describe
 from fastsvi.infer.arguments import Arguments, can_be_lifted
@@ -43,6 +44,7 @@ class Batches:
         self._kwargs = kwargs
         self._iterator: Iterator[Any] = iter(source)
         self._taken = 0
+        self._may_look_ahead = _is_still(source)
         self._held: deque[Arguments] = deque()  # taken out, not used yet
 
     def next(self) -> Arguments:
@@ -70,8 +72,15 @@ class Batches:
         return self._held[0]
 
     def alike(self, count: int, accepts: Callable[[Arguments], bool]) -> list[Arguments]:
-        """Up to ``count`` further arguments, as long as they are accepted; few if large."""
+        """Up to ``count`` further arguments, as long as they are accepted; few if large.
+
+        None of a source that may do more than give batches: a generator may write to parameters or
+        to the batches that it has given, or set a learning rate, and expects that a step is taken
+        before it goes on.
+        """
         taken: list[Arguments] = []
+        if not self._may_look_ahead:
+            return taken
         limit = _MOST_BYTES
         while len(taken) < min(count, _MOST_AT_ONCE) and limit > 0:
             try:
@@ -96,6 +105,15 @@ class Batches:
             f"batches ended after {self._taken} steps and cannot be iterated again; give a list or "
             "a DataLoader in place of an iterator, or ask for fewer steps"
         )
+
+
+def _is_still(source: Iterable[Any]) -> bool:
+    """Whether taking a batch of ``source`` changes nothing but the place in it."""
+    if isinstance(source, list | tuple | Tensor):
+        return True
+    # A loader that puts together its batches itself makes new tensors for each.
+    is_loader = type(source) is DataLoader
+    return is_loader and getattr(source, "collate_fn", None) is default_collate
 
 
 def varying(arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:

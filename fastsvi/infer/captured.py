@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from fastsvi import settings
+from fastsvi.engine.graph import Graph
 from fastsvi.engine.native import NativeStep
-from fastsvi.engine.record import Graph, record
+from fastsvi.engine.pages import zero_pages
+from fastsvi.engine.record import record
 from fastsvi.errors import CaptureError
 from fastsvi.infer.arguments import Arguments
 from fastsvi.infer.graphed import GraphedLoop
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
 # Steps of eager and native form differ by rounding only: some hundred operations in a row, and
 # reductions in another order.
 _TOLERANCE = 1e-3
+_BLOCK = 1 << 20  # elements compared at once
 # Time in steps between two looks at Python state, over the time that a look takes.
-_LOOKS_APART = 20
+LOOKS_APART = 20
+_REMEDY = "Pass what changes as an argument of the run, where a float may vary"
 
 
 class Disagreement(CaptureError):
@@ -87,17 +91,13 @@ class CapturedStep:
         """The steps in the fast form of their device, and their recording if that has one."""
         kind = pure.buffer.device.type
         if kind == "cuda":
-            return GraphedLoop(pure), None
+            graphed = GraphedLoop(pure)
+            return graphed, graphed.graph
         if kind != "cpu":
             raise CaptureError(f"there is no fast form of steps on {pure.buffer.device}")
         with checking(False):
             native = NativeStep(pure, pure.state, pure.inputs, pure.aliases)
         return native, native.graph
-
-    @property
-    def builds_aside(self) -> bool:
-        """Whether the fast form can be built in a thread while eager steps go on."""
-        return self.graph is not None
 
     # ------------------------------------------------------------------------------- is it right
 
@@ -120,13 +120,25 @@ class CapturedStep:
         Raises:
             Disagreement: with the loss of the eager step, which has been taken.
         """
-        loss = compare(self.pure, arguments, lambda state: self.loop.run(1, state=state), take_step)
+        loss = compare(self.pure, arguments, self._take_one, take_step)
+        self.pure.let_go_of_gradient()
         self.is_checked = True
+        return loss
+
+    def release(self) -> None:
+        """Let go of the working memory of steps, where it is large."""
+        if self.pure.is_wide and isinstance(self.loop, NativeStep):
+            self.loop.release()
+
+    def _take_one(self, state: Sequence[Tensor]) -> Tensor:
+        loss = self.loop.run(1, state=state)
+        if isinstance(self.loop, NativeStep):
+            self.loop.release()  # the eager step that follows may need the memory
         return loss
 
     def is_due(self) -> bool:
         """Whether to :meth:`check_again`: so seldom that it takes a twentieth of the time."""
-        return self._seconds_since > _LOOKS_APART * self._look_seconds
+        return self._seconds_since > LOOKS_APART * self._look_seconds
 
     def check_again(self) -> None:
         """Record the step anew and compare the recordings.
@@ -134,19 +146,27 @@ class CapturedStep:
         Raises:
             CaptureError: they differ; the message names the statement.
         """
+        difference = self.difference()
+        if difference is not None:
+            raise CaptureError(changed_outside(difference))
+
+    def difference(self) -> str | None:
+        """The first statement that would be recorded otherwise now; None if there is none."""
         start, self._seconds_since = time.perf_counter(), 0.0
         if self.graph is None:
-            return
-        with checking(False):
-            anew = record(self.pure, [*self.pure.state, *self.pure.inputs], self.pure.aliases)
+            return None
+        try:
+            if isinstance(self.loop, GraphedLoop):
+                anew = self.loop.record()
+            else:
+                with checking(False):
+                    inputs = [*self.pure.state, *self.pure.inputs]
+                    anew = record(self.pure, inputs, self.pure.aliases)
+        except CaptureError as error:
+            return str(error)
         difference = self.graph.difference(anew)
         self._look_seconds = time.perf_counter() - start
-        if difference is not None:
-            raise CaptureError(
-                f"something outside of the tensors has changed since the step was captured, such "
-                f"as a Python counter: {difference}. Pass what changes as an argument of the run, "
-                "where a float may vary"
-            )
+        return difference
 
     # ----------------------------------------------------------------------------------- running
 
@@ -193,21 +213,56 @@ def compare(
         Disagreement: they differ by more than rounding. The eager step has been taken.
     """
     pure.begin(arguments)
-    copies = [tensor.clone() for tensor in pure.state]
-    captured_loss = take_captured(copies)
-    before = pure.buffer.flat.clone()
+    reached, captured_loss = _reach(pure, take_captured)
+    change = _distance(reached, pure.buffer.flat)
     loss = take_eager()
-    pairs = [("loss", captured_loss.reshape(-1), loss.reshape(-1).detach())]
-    pairs.append(("change of parameters", copies[0] - before, pure.buffer.flat - before))
-    for what, captured, eager in pairs:
-        error = (captured - eager).abs().max() if len(captured) == len(eager) else torch.inf
-        scale = eager.abs().max().clamp(min=1e-6)
+    pairs = [
+        ("loss", _distance(captured_loss, loss.detach()), loss.detach().abs().max()),
+        ("change of parameters", _distance(reached, pure.buffer.flat), change),
+    ]
+    for what, error, scale in pairs:
+        scale = scale.clamp(min=1e-6)
         if not bool(error <= _TOLERANCE * scale):
             raise Disagreement(
                 loss,
                 f"the captured step gave another {what} than an eager one with the same noise: "
                 f"largest difference {float(error):g}, largest value {float(scale):g}. "
                 "Something outside of the tensors changes from step to step, such as a Python "
-                "counter; the run goes on eagerly",
+                f"counter. {_REMEDY}",
             )
     return loss
+
+
+def _reach(
+    pure: PureStep, take_captured: Callable[[list[Tensor]], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The parameters that a captured step reaches, and its loss; the live state stays as it is."""
+    pure.let_go_of_gradient()
+    if not pure.is_wide or not all(not bool(moment.any()) for moment in pure.moments):
+        copies = [tensor.clone() for tensor in pure.state]
+        return copies[0], take_captured(copies)
+    # A fit's first step: what is zero need not be copied.
+    try:
+        flat, *rest = pure.state
+        others = [x if any(x is m for m in pure.moments) else x.clone() for x in rest]
+        reached = flat.clone()
+        return reached, take_captured([reached, *others])
+    finally:
+        for moment in pure.moments:
+            zero_pages(moment)
+
+
+def _distance(one: Tensor, other: Tensor) -> Tensor:
+    """Largest difference of two tensors, found block by block; infinite if one has more entries."""
+    if one.numel() != other.numel():
+        return torch.tensor(torch.inf)
+    blocks = (x.reshape(-1).split(_BLOCK) for x in (one, other))
+    return torch.stack([(a - b).abs().max() for a, b in zip(*blocks, strict=True)]).max()
+
+
+def changed_outside(difference: str) -> str:
+    """What to say of a step that would be recorded otherwise by now."""
+    return (
+        "something outside of the tensors has changed since the step was captured, such as a "
+        f"Python counter: {difference}. {_REMEDY}"
+    )

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from fastsvi.errors import CaptureError
 from fastsvi.infer.arguments import Arguments, can_be_lifted
 from fastsvi.infer.captured import CapturedStep
+from fastsvi.infer.targets import Undo
 
 if TYPE_CHECKING:
     from fastsvi.infer.svi import SVI
 
 # Every form of the arguments costs a capture, a second or so. From here on something is wrong.
-_MAX_CAPTURES = 8
+MAX_CAPTURES = 8
 
 
 class TooManyCaptures(CaptureError):
@@ -34,10 +35,25 @@ class Captures:
         self._lifted: frozenset[int] = frozenset()  # what has varied since
         self._changed = "the layout of the parameters or the optimizer"
 
-    def find(self, arguments: Arguments) -> CapturedStep | None:
-        """The step that serves these arguments, if there is one."""
+    def serving(self, arguments: Arguments) -> list[CapturedStep]:
+        """The steps that serve these arguments, as far as tensors tell; the latest first."""
         self._steps = [step for step in self._steps if step.is_current()]
-        return next((step for step in self._steps if step.accepts(arguments)), None)
+        return [step for step in reversed(self._steps) if step.accepts(arguments)]
+
+    def is_as_captured(self, step: CapturedStep) -> bool:
+        """Whether the program would be captured as ``step`` today.
+
+        It runs once. Python values that it reads may have changed since: an attribute, a flag, a
+        module that was in training mode.
+        """
+        with Undo() as undo:
+            difference = step.difference()
+            undo.remove_new()  # parameters are made by eager steps
+        if difference is not None:
+            self._changed = f"something outside of the tensors ({difference})"
+            return False
+        step.pure.lifted.forget()
+        return step.is_current()
 
     def capture(self, arguments: Arguments, lifted: frozenset[int] = frozenset()) -> CapturedStep:
         """Capture a step for these arguments, with ``lifted`` and those that varied as inputs.
@@ -46,7 +62,7 @@ class Captures:
             CaptureError: the step cannot be captured, or was too often.
         """
         self._lifted = lifted = lifted | self._varied(arguments)
-        if self.count >= _MAX_CAPTURES:
+        if self.count >= MAX_CAPTURES:
             raise TooManyCaptures(
                 f"the step has been captured {self.count} times already, because "
                 f"{self._changed} changes from run to run. Tensors of one shape and floats may "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,12 @@ class FitData:
             those left out are shared. An argument that holds several tensors has one dimension
             for all of them. None: everything is shared.
         num_fits: F.
+        varying: positions among the leaves of the arguments of those that are others at each step.
 
     Attributes:
         own: positions among the leaves of the arguments of those that have a slice per fit.
+        lifted: of those that a step has as inputs: ``own`` and ``varying`` ones.
+        is_own: for each of these whether it has a slice per fit.
 
     Raises:
         ShapeError: an argument has no such dimension, or it does not count the fits.
@@ -40,10 +43,16 @@ class FitData:
     """
 
     def __init__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], fit_dims: FitDims, num_fits: int
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        fit_dims: FitDims,
+        num_fits: int,
+        varying: Iterable[int] = (),
     ) -> None:
         self._whole = Arguments(args, kwargs)
         self._num_fits = num_fits
+        self._inputs: list[Tensor] | None = None
         dims = self._dims(args, kwargs, fit_dims)
         self._slices: dict[int, Tensor] = {}  # contiguous, the fits in front
         for position, (leaf, dim) in enumerate(zip(self._whole.leaves, dims, strict=True)):
@@ -62,6 +71,8 @@ class FitData:
                 )
             self._slices[position] = leaf.detach().movedim(dim, 0).contiguous()
         self.own = tuple(self._slices)
+        self.lifted = tuple(sorted({*self.own, *varying}))
+        self.is_own = tuple(position in self._slices for position in self.lifted)
 
     @staticmethod
     def _dims(args: Any, kwargs: Any, fit_dims: FitDims) -> list[int | None]:
@@ -90,18 +101,35 @@ class FitData:
 
     def has_form_of(self, other: FitData) -> bool:
         """Whether one captured step may serve both: the same shared arguments and own slices."""
-        return (
-            self.own == other.own
-            and self._whole.has_form_of(other._whole)
-            and set(self._whole.differing(other._whole)) <= set(self.own)
-            and all(self._slices[k].shape == other._slices[k].shape for k in self.own)
-            and all(self._slices[k].dtype == other._slices[k].dtype for k in self.own)
-        )
+        if self.own != other.own or self.lifted != other.lifted:
+            return False
+        if not self._whole.has_form_of(other._whole):
+            return False
+        if not set(self._whole.differing(other._whole)) <= set(self.lifted):
+            return False
+        return [*map(_form, self.inputs())] == [*map(_form, other.inputs())]
+
+    def name_of_difference(self, other: FitData) -> str:
+        """The argument because of which a step for ``other`` does not serve this."""
+        if not self._whole.has_form_of(other._whole):
+            return "the number of arguments"
+        differing = self._whole.differing(other._whole)
+        return self._whole.name(differing[-1]) if differing else "the layout of the parameters"
 
     def of(self, fit: int) -> Arguments:
         """The arguments of one fit, counted from 0 within this data."""
         replaced = {position: slices[fit] for position, slices in self._slices.items()}
         return Arguments(*self._whole.with_leaves(replaced))
+
+    def inputs(self) -> list[Tensor]:
+        """The lifted arguments in order: ``[F, ...]`` where each fit has its own part."""
+        if self._inputs is None:
+            leaves = self._whole.leaves
+            self._inputs = [
+                self._slices[k] if k in self._slices else torch.as_tensor(leaves[k]).contiguous()
+                for k in self.lifted
+            ]
+        return self._inputs
 
     def slices(self) -> list[Tensor]:
         """The arguments of which every fit has its own part, ``[F, ...]``, in order."""
@@ -114,3 +142,7 @@ class FitData:
             if slices.is_floating_point():
                 good &= slices.isfinite().flatten(1).all(1).cpu()
         return int(good.to(torch.uint8).argmax())
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device

@@ -8,25 +8,23 @@ stays there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastsvi.engine import cuda_graph
-from fastsvi.engine.native import NativeStep
 from fastsvi.engine.native_fits import NativeFits
-from fastsvi.engine.record import Graph, record
-from fastsvi.engine.replay import ReplayStep, replay
-from fastsvi.errors import CaptureError, CheckpointError, ConstraintError
-from fastsvi.infer.captured import compare
+from fastsvi.errors import CaptureError, CheckpointError, ConstraintError, FastSVIWarning
+from fastsvi.infer.captured import changed_outside
+from fastsvi.infer.captures import MAX_CAPTURES, TooManyCaptures
 from fastsvi.infer.fit_data import FitData
+from fastsvi.infer.fits_step import FitsStep
 from fastsvi.infer.initial_values import initial_values
 from fastsvi.infer.pure_step import PureStep
-from fastsvi.infer.util import checking
-from fastsvi.kernels import dispatch
 from fastsvi.poutine.runtime import PARAM_STORE
 
 if TYPE_CHECKING:
@@ -51,7 +49,8 @@ class Fits:
     Attributes:
         skipped: int64 ``[F]``, steps of each fit that were left out as not finite.
         active: bool ``[F]``, on the host: which fits are still run.
-        obstacle: why the steps are not native; None if they are.
+        num_captures: how many times a step was captured.
+        capture_seconds, compile_seconds: what that took in this run.
     """
 
     def __init__(self, svi: SVI, num_fits: int, first_fit: int = 0) -> None:
@@ -61,79 +60,103 @@ class Fits:
         self._svi = svi
         self.num_fits = num_fits
         self.first_fit = first_fit
-        self.active = torch.ones(num_fits, dtype=torch.bool)
+        self.active = torch.ones(num_fits, dtype=torch.bool, device="cpu")
         self._state: list[Tensor] = []  # [F, ...]: flat buffer, moments, skipped, origin
-        self._data: FitData | None = None  # that the step was captured for
-        self._pure: PureStep | None = None
-        self._native: NativeStep | None = None
-        self._replay: ReplayStep | None = None
-        self._native_fits: NativeFits | None = None
-        self._graphed: Any = None  # on a GPU: the launch of a replayed step, and what it gives
-        self._failed_in_a_row = torch.zeros(num_fits, dtype=torch.int64)
+        self._steps: list[FitsStep] = []  # one for each form of the arguments
+        self._current: FitsStep | None = None  # serves the latest arguments
+        self._data: FitData | None = None  # the latest arguments
+        self._seen: dict[FitsStep, bool] = {}  # whether steps of earlier runs still serve
+        self._pure: PureStep | None = None  # of the step that was captured last
+        self._optim: Any = None  # that the moments are of
+        self._generation: int | None = None  # of the seed
+        self.num_captures = 0
+        self.capture_seconds = self.compile_seconds = 0.0
+        self._failed_in_a_row = torch.zeros(num_fits, dtype=torch.int64, device="cpu")
         self._step = 0
-        self._is_native = False  # whether native steps were asked for
-        self.obstacle: str | None = None
 
     # ----------------------------------------------------------------------------------- set up
 
+    def begin(self) -> None:
+        """Begin a run: all fits take part again, and whatever was captured is looked at again."""
+        self.active = torch.ones(self.num_fits, dtype=torch.bool, device="cpu")
+        self._failed_in_a_row = torch.zeros(self.num_fits, dtype=torch.int64, device="cpu")
+        self._seen = {}
+        self.capture_seconds = self.compile_seconds = 0.0
+
     def prepare(self, data: FitData, native: bool) -> None:
-        """Make the fits, if there are none yet, and capture their step for ``data``.
+        """Make the fits, if there are none yet, and capture their step for ``data`` if need be.
 
         Raises:
-            CaptureError: the step cannot be captured.
+            CaptureError: the step cannot be captured, or has been too often.
         """
-        serves = self._pure is not None and self._pure.is_current() and self._is_native == native
-        if serves and self._data is not None and data.has_form_of(self._data):
-            self._take(data)
-            return
-        example = data.of(data.first_finite())
-        initial = None
-        if not self._state:
-            initial = initial_values(self._svi, data, self.num_fits, self.first_fit)
-        self._pure = None  # what fails below must not serve the next run
-        pure = self._capture(data, example, native)
-        if initial is not None:
-            self._start(pure, initial)
-        self._check(pure, example)
-        self._pure = pure
-        self._take(data)
+        step = self._serving(data, native)
+        if step is None:
+            step = self._capture(data, native)
+            self._seen[step] = True
+        self._current, self._data = step, data
 
-    def _capture(self, data: FitData, arguments: Any, native: bool) -> PureStep:
-        """Record the step of one fit, with the arguments that fits have of their own as inputs."""
-        svi = self._svi
-        noise = svi._program.noise if svi._program is not None else None
-        step = 0 if noise is None else noise.step
-        svi._accumulate(arguments.args, arguments.kwargs)  # makes the store's parameters, too
-        svi._targets.zero_grad()
-        if noise is not None:
-            noise.step = step  # as if nothing had been drawn
-        pure = PureStep(svi, arguments, data.own)
-        self._data = data
-        self._native, self.obstacle, graph = None, None, None
-        self._is_native = native
-        with checking(False):
-            if native and pure.buffer.device.type == "cpu":
-                try:
-                    self._native = NativeStep(pure, pure.state, pure.inputs, pure.aliases)
-                    self._native.build()
-                    graph = self._native.graph
-                except CaptureError as error:
-                    self.obstacle = str(error)
-                    self._native = None
-            if graph is None:
-                with dispatch.use("torch"):  # the reference is pure, Triton's Adam writes in place
-                    graph = record(pure, [*pure.state, *pure.inputs], pure.aliases)
-        num_shared = len(pure.inputs) - len(data.own)
-        own = [True] * len(pure.state) + [False] * num_shared + [True] * len(data.own)
-        self._replay = ReplayStep(graph, len(pure.state), own)
-        self._graph: Graph = graph
-        return pure
+    def serves(self, data: FitData) -> bool:
+        """Whether the step that is in use may be taken with these arguments."""
+        return self._current is not None and self._current.serves(data)
+
+    def _serving(self, data: FitData, native: bool) -> FitsStep | None:
+        """A captured step for these arguments which is still what the program does."""
+        for step in reversed(self._steps):
+            if step.asked_native == native and step.serves(data):
+                if step not in self._seen:
+                    self._seen[step] = step.difference() is None
+                if self._seen[step]:
+                    return step
+        return None
+
+    def _capture(self, data: FitData, native: bool) -> FitsStep:
+        self._steps = [step for step in self._steps if step.pure.is_current()]
+        if self.num_captures >= MAX_CAPTURES:
+            changed = "something outside of the tensors"
+            if self._data is not None and not data.has_form_of(self._data):
+                changed = data.name_of_difference(self._data)
+            raise TooManyCaptures(
+                f"the step has been captured {self.num_captures} times already, because {changed} "
+                "changes. Tensors of one shape and floats of a batch may vary; for what varies "
+                "otherwise, use SVIs of their own"
+            )
+        initial = None
+        if not self._state or self._are_forgotten():
+            initial = initial_values(self._svi, data, self.num_fits, self.first_fit)
+        self._current = None  # what fails below must not serve the next run
+        self.num_captures += 1
+        step = FitsStep(self._svi, data, native)
+        self.capture_seconds += step.capture_seconds
+        self.compile_seconds += step.compile_seconds
+        if initial is not None:
+            self._start(step.pure, initial)
+        elif self._optim is not self._svi.optim:
+            self._restart_optimizer(step.pure)
+        if [x.shape for x in step.pure.state] != [x.shape[1:] for x in self._state]:
+            raise ConstraintError(
+                f"the program has other parameters than when its {self.num_fits} fits began: now "
+                f"{list(step.pure.buffer.layout)}. Fit it with another SVI"
+            )
+        step.check()
+        generation = step.pure.generation
+        if self._generation not in (None, generation):
+            self._step = 0  # another seed makes other fits, which begin with its first noise
+        self._generation = generation
+        self._optim = self._svi.optim
+        self._pure = step.pure
+        self._steps.append(step)
+        return step
+
+    def _are_forgotten(self) -> bool:
+        """Whether the parameters are gone from the store: the fits begin anew, as one fit does."""
+        pure = self._pure
+        return pure is not None and not any(map(PARAM_STORE.locate, pure.plan.leaves))
 
     def _start(self, pure: PureStep, initial: dict[str, Tensor]) -> None:
         """Lay out the state of all fits as the captured step expects it."""
         count, device = self.num_fits, pure.buffer.device
-        self._state = [t.detach().unsqueeze(0).repeat(count, *(1,) * t.dim()) for t in pure.state]
-        flat, origin = self._state[0], self._state[-1]
+        state = [self._for_all(tensor) for tensor in pure.state]
+        flat, origin = state[0], state[-1]
         for name, segment in pure.buffer.layout.items():
             rows = initial.get(name)
             if rows is not None and rows.shape[1:] != segment.shape:
@@ -144,83 +167,80 @@ class Fits:
             if rows is not None:
                 flat[:, segment.slice] = rows.reshape(count, -1).to(flat)
         origin[:, 3] = torch.arange(self.first_fit, self.first_fit + count, device=device)
+        self._state = state
 
-    def _check(self, pure: PureStep, arguments: Any) -> None:
-        """Compare a captured with an eager step of the example, and take both back."""
-        live = [*pure.state, *pure.plan.state]
-        before = [tensor.clone() for tensor in live]
-        noise_step = pure.noise_step
+    def _restart_optimizer(self, pure: PureStep) -> None:
+        """Give all fits the state that another optimizer begins with."""
+        flat, *_, skipped, origin = self._state
+        self._state = [flat, *map(self._for_all, pure.state[1:-2]), skipped, origin]
 
-        def captured(state: list[Tensor]) -> Tensor:
-            if self._native is not None:
-                return self._native.run(1, state=state)
-            outputs = replay(self._graph, [*state, *pure.inputs])
-            for old, new in zip(state, outputs, strict=False):
-                old.copy_(new)
-            return outputs[-2]
-
-        try:
-            compare(pure, arguments, captured, lambda: self._eager_step(arguments))
-        finally:
-            with torch.no_grad():
-                for tensor, value in zip(live, before, strict=True):
-                    tensor.copy_(value)
-            pure.buffer.touch()
-            pure.noise_step = noise_step
-
-    def _eager_step(self, arguments: Any) -> Tensor:
-        loss: Tensor = self._svi._advance(arguments.args, arguments.kwargs, by_counter=True)
-        return loss
-
-    def _take(self, data: FitData) -> None:
-        """Use the arguments in ``data`` from here on, with all fits."""
-        self.active = torch.ones(self.num_fits, dtype=torch.bool)
-        self._failed_in_a_row = torch.zeros(self.num_fits, dtype=torch.int64)
-        self._slices = data.slices()
-        self._graphed = None
-        pure = self._pure
-        if self._native is not None and pure is not None:
-            num_shared = len(pure.inputs) - len(self._slices)
-            inputs = [*pure.inputs[:num_shared], *self._slices]
-            is_own = [False] * num_shared + [True] * len(self._slices)
-            self._native_fits = NativeFits(self._native, self._state, inputs, is_own)
+    def _for_all(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().unsqueeze(0).repeat(self.num_fits, *(1,) * tensor.dim())
 
     # ------------------------------------------------------------------------------------ running
 
-    def run(self, num_steps: int) -> Tensor:
+    def run(self, num_steps: int, batches: Sequence[FitData] = ()) -> Tensor:
         """Take steps with all active fits; returns their losses ``[steps, F]``.
 
         The loss of a step that was left out, and of a fit that is not active, is NaN.
+
+        Args:
+            num_steps: how many.
+            batches: arguments of each, which the step in use serves; by default the latest ones.
         """
-        pure = self._pure
-        if pure is None:
+        step, data = self._current, self._data
+        if step is None or data is None:
             raise CaptureError("fits were run before they were prepared")
-        pure.plan.refresh()
+        if step.is_due():
+            step = self._look(step, data)
+        step.pure.plan.refresh()
         self._state[-1][:, 1] = self._step
-        dtype = self._graph.outputs[-2].dtype
-        losses = torch.full((self.num_fits, num_steps), torch.nan, dtype=dtype)
-        if self._native is None:
-            losses = losses.to(pure.buffer.device)
-            self._run_replayed(losses)
+        losses = torch.full(
+            (self.num_fits, num_steps), torch.nan, dtype=step.loss_dtype, device="cpu"
+        )
+        start = time.perf_counter()
+        given = list(batches) or [data]
+        if step.is_native:
+            self._run_native(step.native_fits(self._state, given), losses)
         else:
-            self._run_native(losses)
+            losses = losses.to(step.pure.buffer.device)
+            self._run_replayed(step, given, losses)
+        step.has_run(time.perf_counter() - start)
         self._step += num_steps
         return losses.T
 
-    def _run_native(self, losses: Tensor) -> None:
+    def _look(self, step: FitsStep, data: FitData) -> FitsStep:
+        """Capture the step anew if Python state has changed; else it stays."""
+        difference = step.difference()
+        if difference is None:
+            return step
+        self._seen[step] = False
+        try:
+            self.prepare(data, step.asked_native)
+        except TooManyCaptures as error:
+            raise CaptureError(f"{changed_outside(difference)}, or {error}") from error
+        warnings.warn(
+            f"SVI.run: the step of the fits was captured anew, because "
+            f"{changed_outside(difference)}",
+            FastSVIWarning,
+            stacklevel=6,
+        )
+        return self._current or step
+
+    def _run_native(self, native: NativeFits, losses: Tensor) -> None:
         fits = self.active.nonzero().flatten()
         parts = fits.chunk(max(1, min(torch.get_num_threads(), len(fits))))
         if len(parts) == 1:
-            self._run_some(parts[0], losses)
+            self._run_some(native, parts[0], losses)
             return
         with ThreadPoolExecutor(len(parts)) as pool:
-            list(pool.map(lambda part: self._run_some(part, losses), parts))
+            list(pool.map(lambda part: self._run_some(native, part, losses), parts))
 
-    def _run_some(self, fits: Tensor, losses: Tensor) -> None:
+    def _run_some(self, native: NativeFits, fits: Tensor, losses: Tensor) -> None:
         """The steps of some fits, of which those that are not finite are left out."""
-        native, num_steps = self._native_fits, losses.shape[1]
-        if native is None or not len(fits):
+        if not len(fits):
             return
+        num_steps = losses.shape[1]
         found = torch.empty(len(fits), num_steps, dtype=losses.dtype)
         done = native.run(fits, found)
         halted = done < num_steps
@@ -245,18 +265,18 @@ class Fits:
                 return
             if done < len(losses):
                 rest = losses[done:].unsqueeze(0)
-                taken = int(native.run(torch.tensor([fit]), rest))
+                taken = int(native.run(torch.tensor([fit]), rest, first=done))
                 rest[0, taken:] = torch.nan
                 failed[fit] = 0 if taken else failed[fit]
                 done += taken
 
-    def _run_replayed(self, losses: Tensor) -> None:
+    def _run_replayed(self, step: FitsStep, given: Sequence[FitData], losses: Tensor) -> None:
         stopped = (~self.active).nonzero().flatten().to(losses.device)
         kept = [tensor[stopped].clone() for tensor in self._state] if len(stopped) else []
-        take = self._replayed_step()
-        for step in range(losses.shape[1]):
-            found, halts = take()
-            losses[:, step] = torch.where(halts, torch.nan, found)
+        take = step.replayed(self._state, given)
+        for number in range(losses.shape[1]):
+            found, halts = take(number)
+            losses[:, number] = torch.where(halts, torch.nan, found)
         for tensor, rows in zip(self._state, kept, strict=False):
             tensor[stopped] = rows
         if len(stopped):
@@ -265,37 +285,6 @@ class Fits:
         latest = (losses.isfinite() * places).amax(1).cpu()  # the one look at the device
         before = torch.where(latest > 0, 0, self._failed_in_a_row)
         self._failed_in_a_row = before + losses.shape[1] - latest
-
-    def _replayed_step(self) -> Callable[[], tuple[Tensor, Tensor]]:
-        """A function that takes one step with all fits: losses ``[F]``, and which were left out."""
-        replay, pure = self._replay, self._pure
-        if replay is None or pure is None:
-            raise CaptureError("fits were run before they were prepared")
-        num_shared = len(pure.inputs) - len(self._slices)
-        inputs = [*pure.inputs[:num_shared], *self._slices]
-        outcome: list[Any] = []
-
-        def take() -> None:
-            following = self._state[-1][:, 1] + 1  # the noise goes on where a step is left out too
-            outcome[:] = replay.step(self._state, inputs)
-            self._state[-1][:, 1] = following
-
-        if pure.buffer.device.type == "cuda":
-            if self._graphed is None:
-                before = [tensor.clone() for tensor in self._state]
-                launch = cuda_graph.capture(take)  # what it returns lies in the graph's memory
-                for tensor, value in zip(self._state, before, strict=True):
-                    tensor.copy_(value)
-                self._graphed = launch, outcome
-            launch, outcome = self._graphed
-        else:
-            launch = take
-
-        def step() -> tuple[Tensor, Tensor]:
-            launch()
-            return outcome[0], outcome[1]
-
-        return step
 
     # ------------------------------------------------------------------------------------ results
 
@@ -307,7 +296,12 @@ class Fits:
     @property
     def is_native(self) -> bool:
         """Whether steps run as native loops, and are not replayed."""
-        return self._native is not None
+        return self._current is not None and self._current.is_native
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the steps are not native; None if they are."""
+        return None if self._current is None else self._current.obstacle
 
     @property
     def skipped(self) -> Tensor:

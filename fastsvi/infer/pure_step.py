@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from fastsvi.engine.noise import PROGRAM, SUBSETS, TRAINING, RecordedNoise
+from fastsvi.engine.pages import zero_pages
+from fastsvi.engine.rounds import round_number, sum_of_rounds
 from fastsvi.errors import CaptureError
 from fastsvi.infer.arguments import Arguments, Inputs
+from fastsvi.infer.elbo.particles import Chunk
 from fastsvi.infer.elbo.program import all_leaves, total_loss, total_surrogate
-from fastsvi.kernels import philox
+from fastsvi.kernels import dispatch, philox
 from fastsvi.optim.optim import OptionError
 from fastsvi.optim.pure import PureUpdate
 from fastsvi.poutine.runtime import PARAM_STORE
@@ -27,8 +30,13 @@ from fastsvi.poutine.runtime import PARAM_STORE
 if TYPE_CHECKING:
     from fastsvi.infer.svi import SVI
 
-# Particles that run one by one are recorded one by one: from here on that takes too long.
-_MAX_SEQUENTIAL = 64
+# More particles that run one by one become a loop; where there is no loop, so many take too long.
+_UNROLLED, _MAX_UNROLLED = 8, 64
+
+_FAR = 1 << 31
+
+# Parameters of which another copy is a matter of memory.
+WIDE = 1 << 20
 
 _STREAMS = (TRAINING, PROGRAM, SUBSETS)
 
@@ -44,6 +52,7 @@ class PureStep:
     Attributes:
         state: the tensors that a step replaces, the live ones: buffer, moments, origin of noise.
         inputs: the other tensors that it is given.
+        generation: of the seed of the noise.
         aliases: parameters and their places in the buffer; see :func:`~fastsvi.engine.record`.
 
     Raises:
@@ -56,12 +65,6 @@ class PureStep:
         program, elbo = svi._program, svi.elbo
         if program is None or elbo is None:
             raise CaptureError("its loss is not an ELBO, or takes its own gradients")
-        is_sequential = program.is_sequential or not elbo.vectorize_particles
-        if is_sequential and elbo.num_particles > _MAX_SEQUENTIAL:
-            raise CaptureError(
-                f"its {elbo.num_particles} particles run one after the other; "
-                "vectorize_particles=True runs them at once"
-            )
         self._program = program
         self._elbo = elbo
         self._fused = _fused_guide(program)
@@ -75,6 +78,16 @@ class PureStep:
             )
         (self.buffer,) = buffers.values()
         self.buffer.sync()
+        self._loops = self.buffer.device.type == "cpu"
+        is_sequential = program.is_sequential or not elbo.vectorize_particles
+        if is_sequential and elbo.num_particles > _MAX_UNROLLED and not self._loops:
+            raise CaptureError(
+                f"its {elbo.num_particles} particles run one after the other; "
+                "vectorize_particles=True runs them at once"
+            )
+        self._size = elbo.chunk_size or elbo.num_particles  # particles at once
+        if is_sequential and self._loops and self._size > _UNROLLED:
+            self._size = 1
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.buffer.device)
         self._svi, self._optim = svi, svi.optim
         try:
@@ -85,8 +98,10 @@ class PureStep:
         self._version = PARAM_STORE.version
         device = self.buffer.device
         self._noise = program.noise
-        self._generation = self._noise.seed.generation
-        self.origin = philox.make_origin(step=self._noise.step, device=device)
+        self._noise.follow_seed()
+        self.generation = self._noise.seed.generation
+        # Recorded at a step far from the one that it is checked at: what is frozen must show.
+        self.origin = philox.make_origin(step=self._noise.step ^ _FAR, device=device)
         self._one_step = philox.make_origin(step=1, device=device)
         seed = self._noise.seed.value
         self._keys = [philox.derive_key(seed, stream, device) for stream in _STREAMS]
@@ -102,8 +117,7 @@ class PureStep:
         *moments, skipped, origin = rest[: len(self.state) - 1]
         keys = rest[len(self.state) - 1 :][: len(self._keys)]
         args, kwargs = self._arguments.with_leaves(self.lifted.replaced())
-        loss, surrogate, leaves = self._loss(keys, origin, args, kwargs)
-        grad = self._gradient(flat, surrogate, leaves)
+        loss, grad = self._total(flat, keys, origin, args, kwargs, looped=self._loops)
         if self._update.sees_all:
             # A loss that is not finite makes the gradient so, for which the update looks anyway.
             new = self._update(flat.detach(), grad + loss * 0, moments, skipped)
@@ -115,31 +129,91 @@ class PureStep:
         origin = torch.where(halt, origin, origin + self._one_step)
         return [*new, origin, loss, halt]
 
-    def take(self) -> Tensor:
-        """Take the step on the live state, in place; returns its loss.
+    def loss_and_gradient(self, flat: Tensor, *rest: Tensor) -> list[Tensor]:
+        """The loss, and the flat gradient in pieces, from the arguments of a call.
+
+        For back ends whose update writes in place, by :meth:`update`.
+        """
+        origin, *others = rest[len(self.state) - 2 :]
+        args, kwargs = self._arguments.with_leaves(self.lifted.replaced())
+        keys = others[: len(self._keys)]
+        if self._elbo.num_particles > self._size:
+            return [*self._total(flat, keys, origin, args, kwargs, looped=False)]
+        loss, surrogate, leaves = self._loss(keys, origin, args, kwargs)
+        return [loss, *self._gradient_pieces(flat, surrogate, leaves)]
+
+    def update(self, loss: Tensor, pieces: list[Tensor]) -> None:
+        """Update the live state in place, and count the step.
 
         Nothing is read back and no memory moves, so that a CUDA graph can hold it. A step that is
         not finite is left out and counted; the noise goes on.
         """
-        args, kwargs = self._arguments.with_leaves(self.lifted.replaced())
-        loss, surrogate, leaves = self._loss(self._keys, self.origin, args, kwargs)
-        grad = self._gradient(self.buffer.flat, surrogate, leaves)
         with torch.no_grad():
-            self.buffer.grad.copy_(grad)
-            self.buffer.grad[:1].add_(loss * 0)  # a loss that is not finite counts as a gradient
+            grad = self.buffer.grad
+            if len(pieces) > 1:
+                torch.cat(pieces, out=grad)
+            else:
+                grad.copy_(pieces[0])
+            grad[:1].add_(loss, alpha=0)  # a loss that is not finite counts as a gradient
             self.plan.launch()
             self.origin.add_(self._one_step)
-        return loss
+
+    def _total(
+        self,
+        flat: Tensor,
+        keys: Sequence[Tensor],
+        origin: Tensor,
+        args: Any,
+        kwargs: Any,
+        *,
+        looped: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and flat gradient: chunk by chunk, so that memory is that of one.
+
+        If ``looped``, chunks of one size are the rounds of a loop, which is recorded once.
+        """
+        particles, size = self._elbo.num_particles, self._size
+        rounds = particles // size if looped and particles > size else 0
+        totals = []
+        if rounds:
+            number = round_number(origin, rounds)
+            step = philox.make_origin(particle=size, device=origin.device)
+            losses = self._loss(keys, origin, args, kwargs, Chunk(0, size), origin + number * step)
+            loss, surrogate, leaves = losses
+            pieces = self._gradient_pieces(flat, surrogate, leaves)
+            pieces = [sum_of_rounds(piece, number) for piece in pieces]
+            totals.append((sum_of_rounds(loss, number), _joined(pieces)))
+        for first in range(rounds * size, particles, size):
+            chunk = Chunk(first, min(size, particles - first))
+            loss, surrogate, leaves = self._loss(keys, origin, args, kwargs, chunk)
+            totals.append((loss, self._gradient(flat, surrogate, leaves)))
+        loss, grad = totals[0]
+        for more, further in totals[1:]:
+            loss, grad = loss + more, grad + further
+        return loss, grad
 
     def _loss(
-        self, keys: Sequence[Tensor], origin: Tensor, args: Any, kwargs: Any
+        self,
+        keys: Sequence[Tensor],
+        origin: Tensor,
+        args: Any,
+        kwargs: Any,
+        chunk: Chunk | None = None,
+        start: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """Loss, surrogate and the leaves that took part."""
-        by_kernel = origin.device.type != "cpu" and origin is self.origin
+        """Loss, surrogate and the leaves that took part, of a chunk or of all particles.
+
+        ``start`` is the origin of its particles where a chunk does not say it itself.
+        """
+        # A kernel draws for the fit of its origin, of which vmap over fits hands out copies.
+        by_kernel = origin is self.origin and dispatch.choose("noise", origin) != "torch"
         streams = dict(zip(_STREAMS, keys, strict=True))
-        noise = RecordedNoise(streams, origin, by_kernel=by_kernel)
+        noise = RecordedNoise(streams, origin, by_kernel=by_kernel, start=start)
+        chunks = None if chunk is None else [chunk]
         estimates = list(
-            self._elbo._estimates(self._program, args, kwargs, fast=noise, draws=noise)
+            self._elbo._estimates(
+                self._program, args, kwargs, fast=noise, draws=noise, chunks=chunks
+            )
         )
         loss, surrogate = total_loss(estimates).detach(), total_surrogate(estimates)
         return loss.reshape(()), surrogate.reshape(()), all_leaves(estimates)
@@ -170,16 +244,26 @@ class PureStep:
         ]
 
     def _gradient(self, flat: Tensor, surrogate: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-        """The flat gradient. A fused guide reads its slabs, an ordinary one its leaves."""
+        """The flat gradient."""
+        return _joined(self._gradient_pieces(flat, surrogate, leaves))
+
+    def _gradient_pieces(
+        self, flat: Tensor, surrogate: Tensor, leaves: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The flat gradient in pieces. A fused guide reads its slabs, others their leaves."""
         slabs = self._slabs()
         leaves = list({id(leaf): leaf for leaf in leaves}.values())
         targets = [*(slab for slab, _ in slabs), *leaves]
         places = [*(where for _, where in slabs), *map(self._place, leaves)]
         if not surrogate.requires_grad:
-            return torch.zeros_like(flat)
+            return [torch.zeros_like(flat)]
+        pairs = [
+            pair for pair in zip(places, targets, strict=True) if pair[1].requires_grad
+        ]  # others were frozen, and are at rest as in an eager step
+        places, targets = [place for place, _ in pairs], [target for _, target in pairs]
         gradients = torch.autograd.grad(surrogate, targets, allow_unused=True)
-        pairs = zip(places, gradients, strict=True)
-        return _assemble(flat, [(where, grad) for where, grad in pairs if grad is not None])
+        found = zip(places, gradients, strict=True)
+        return _pieces(flat, [(where, grad) for where, grad in found if grad is not None])
 
     def _place(self, leaf: Tensor) -> slice:
         place = PARAM_STORE.locate(leaf)
@@ -200,8 +284,23 @@ class PureStep:
             and self.plan.is_current()
             and (self._fused is None or self._fused.refresh())
             and self._noise.seed.is_current
-            and self._noise.seed.generation == self._generation
+            and self._noise.seed.generation == self.generation
         )
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it pays to save copies of what it changes."""
+        return self.buffer.device.type == "cpu" and len(self.buffer.flat) >= WIDE
+
+    @property
+    def moments(self) -> Sequence[Tensor]:
+        """The optimizer's part of the state: step counts and moments."""
+        return self._update.moments
+
+    def let_go_of_gradient(self) -> None:
+        """Give the memory of the flat gradient back, where it is large and zero."""
+        if self.is_wide and not bool(self.buffer.grad.any()):
+            zero_pages(self.buffer.grad)
 
     @property
     def noise_step(self) -> int:
@@ -230,8 +329,12 @@ def _fused_guide(program: Any) -> Any:
     return program.guide.fused()
 
 
-def _assemble(flat: Tensor, parts: Sequence[tuple[slice, Tensor]]) -> Tensor:
-    """A tensor like ``flat``: each part in its place, and 0 elsewhere."""
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    return torch.cat(tuple(pieces)) if len(pieces) > 1 else pieces[0]
+
+
+def _pieces(flat: Tensor, parts: Sequence[tuple[slice, Tensor]]) -> list[Tensor]:
+    """Adjacent pieces of a tensor like ``flat``: each part in its place, and 0 elsewhere."""
     pieces, end = [], 0
     for where, part in sorted(parts, key=lambda pair: pair[0].start):
         if where.start < end:
@@ -242,4 +345,4 @@ def _assemble(flat: Tensor, parts: Sequence[tuple[slice, Tensor]]) -> Tensor:
         end = where.stop
     if end < len(flat):
         pieces.append(flat.new_zeros(len(flat) - end))
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+    return pieces

@@ -24,7 +24,7 @@ class Timings:
         total: from the call of ``run`` to its end.
         first_step: until the first loss was there: parameters are made and the program is checked.
         capture: recording the step.
-        compile: compiling it, beside the steps that went on meanwhile where ``compile="auto"``.
+        compile: compiling it.
         steps_per_second: over the second half of the steps, when everything is warm.
     """
 

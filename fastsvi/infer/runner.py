@@ -1,24 +1,32 @@
 """Takes the steps of a long run, each in the fastest form that is ready.
 
-A run starts eagerly and at once. If it is worth it, the step is captured after a few steps and
-compiled in a thread while eager steps go on; once compiled and checked, it takes over.
+A run starts eagerly and at once. If it is long enough, its step is captured after the first one and
+compiled; once checked, it takes over. When that happens depends on numbers of steps and sizes
+alone, never on a clock, for eager and compiled steps round differently: so a run with the same seed
+gives the same bits again. Nothing is lost by waiting for the compiler: the few steps that could be
+taken meanwhile are compiled ones in no time.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from fastsvi.engine.pages import blocks_apart
 from fastsvi.errors import CaptureError, FastSVIWarning
 from fastsvi.infer.arguments import Arguments
 from fastsvi.infer.batches import Batches, varying
 from fastsvi.infer.captured import CapturedStep, Disagreement
 from fastsvi.infer.captures import TooManyCaptures
 from fastsvi.infer.progress import Losses
+from fastsvi.infer.pure_step import WIDE
+from fastsvi.infer.targets import Undo
+from fastsvi.infer.util import zero_grads
+from fastsvi.poutine.runtime import PARAM_STORE
 
 if TYPE_CHECKING:
     from fastsvi.infer.svi import SVI
@@ -26,11 +34,13 @@ if TYPE_CHECKING:
 Compile = Literal["auto"] | bool
 COMPILE = ("auto", True, False)
 
-# Eager steps before a capture: the first makes parameters and checks the program, the others
-# tell how long a step takes.
-_WARM_UP = 5
-# Recording and checking a step takes about this long; compiling it goes on in the background.
+# Recording, compiling and checking a step pays off where eager steps would take about so long, and
+# looking whether a step of an earlier run still serves where they would take so long.
 _WORTH_SECONDS = 0.3
+_WORTH_A_LOOK = 0.1
+# What an eager step takes, roughly: for its operations, and for each element of each particle.
+_SECONDS_PER_STEP, _SECONDS_PER_ELEMENT = 2e-3, 2e-8
+_FEW = 5  # steps that are taken eagerly, however long they take
 # A native chunk is as long as Ctrl-C and the progress bar may wait.
 _CHUNK_SECONDS = 0.1
 _FIRST_CHUNK = 16
@@ -70,15 +80,16 @@ class Runner:
         self.capture_seconds = 0.0
         self.compile_seconds = 0.0
         self.hopeless = None  # these are the steps of one fit
+        # What another step left there is no part of this run, be its steps eager or compiled.
+        zero_grads(leaf for _, leaf in PARAM_STORE.named_parameters())
         self._batches = None if batches is None else Batches(batches, args, kwargs)
         self._shared = args, kwargs
         self._arguments = Arguments(args, kwargs)
         self._remaining = num_steps
+        self._num_steps = num_steps
         self._eager_steps = 0
-        self._eager_seconds = 0.0
         self._step: CapturedStep | None = None  # served the latest step
-        self._builder: threading.Thread | None = None
-        self._failure: CaptureError | None = None
+        self._seen: dict[CapturedStep, bool] = {}  # of earlier runs: whether they still serve
         self._chunk = _FIRST_CHUNK
 
     def advance(self, losses: Losses, *, read: bool = True) -> Any:
@@ -86,6 +97,15 @@ class Runner:
 
         ``read`` says whether an eager step may look at its loss, for which it waits.
         """
+        undo, program = Undo(), self.svi._program
+        try:
+            with undo:
+                return self._advance(losses, read=read)
+        finally:
+            if undo.has_removed and program is not None:
+                program.rehearsed = False
+
+    def _advance(self, losses: Losses, *, read: bool) -> Any:
         if self._batches is not None:
             self._arguments = self._batches.next()
         step = self._native() if self.obstacle is None else None
@@ -110,12 +130,17 @@ class Runner:
     def skip(self, done: int) -> Arguments:
         """Begin after ``done`` steps, taken by another process; arguments of the step to come."""
         self._remaining -= done
-        self._eager_steps = min(done, 1)  # the first, which does more than a step
+        self._eager_steps = done
         if self._batches is not None:
             for _ in range(done):
                 self._batches.next()
             self._arguments = self._batches.peek()
         return self._arguments
+
+    def release(self) -> None:
+        """Let go of what steps need and their result does not."""
+        if self._step is not None:
+            self._step.release()
 
     def retire(self, fits: Tensor) -> None:
         """Of one fit there is none to leave out."""
@@ -126,11 +151,6 @@ class Runner:
             return
         try:
             step = self._step = self._capture()
-            if self._builder is not None:
-                self._builder.join()
-                self._builder = None
-            if self._failure is not None:
-                raise self._failure
             state = [tensor.clone() for tensor in step.pure.state]
             args, kwargs = self._arguments.args, self._arguments.kwargs
             try:
@@ -147,84 +167,104 @@ class Runner:
     # ----------------------------------------------------------------------------------- eager
 
     def _advance_eagerly(self, *, read: bool = True) -> Any:
-        start = time.perf_counter()
         args, kwargs = self._arguments.args, self._arguments.kwargs
         loss = self.svi._advance(args, kwargs, read=read, by_counter=True)
-        if self._eager_steps:  # the first step does more than a step
-            self._eager_seconds += time.perf_counter() - start
         self._eager_steps += 1
         self._remaining -= 1
         return loss
 
-    def _is_worth_it(self) -> bool:
+    def _is_worth(self, seconds: float) -> bool:
+        """Whether eager steps would take longer, by what does not change from run to run."""
         if self.compile is True:
-            program = self.svi._program
-            return self._eager_steps > 0 or (program is not None and program.rehearsed)
-        if self._eager_steps < _WARM_UP:
-            return False
-        step = self._eager_seconds / (self._eager_steps - 1)
-        return step * self._remaining > _WORTH_SECONDS
+            return True
+        elbo = self.svi.elbo
+        sizes = [leaf.numel() for leaf in self.svi._targets.leaves]
+        sizes += [leaf.numel() for leaf in self._arguments.leaves if isinstance(leaf, Tensor)]
+        elements = sum(sizes) * (1 if elbo is None else elbo.num_particles)
+        step = _SECONDS_PER_STEP + _SECONDS_PER_ELEMENT * elements
+        return step * self._num_steps > seconds
 
     # ---------------------------------------------------------------------------------- native
 
     def _native(self) -> CapturedStep | None:
         """A captured step for the arguments, if there is one that is built."""
-        if self._builder is not None and not self._is_built():
-            return None
         step = self._step
-        if step is None or not (step.is_current() and step.accepts(self._arguments)):
-            step = self.svi._captures.find(self._arguments)
         try:
-            if self._failure is not None:
-                raise self._failure
+            if step is not None and not step.is_current():
+                if self._batches is None:
+                    raise CaptureError("parameters or the optimizer changed during the run")
+                self._step = None
+                return None  # an eager step sees what parameters there are now
+            if step is None or not step.accepts(self._arguments):
+                step = self._earlier()
             if step is None:
                 if self._step is not None and self._batches is None:
-                    raise CaptureError("parameters or the optimizer changed during the run")
-                if not self._is_worth_it():
+                    raise CaptureError("a tensor that the program reads was changed during the run")
+                # An eager step first: it makes what parameters the program has today.
+                has_begun = self._eager_steps > 0 or self._begins_wide()
+                if not (has_begun and self._is_worth(_WORTH_SECONDS)):
                     return None
                 step = self._capture()
         except CaptureError as error:
             self._give_up(error)
             return None
         self._step = step
-        return step if self._builder is None or self._is_built() else None
+        return step
+
+    def _begins_wide(self) -> bool:
+        """Make the parameters without a step; whether the first is to be a compiled one.
+
+        Where there are millions, the two steps that are compared are the first ones of the fit:
+        all others would need copies of the optimizer's state.
+        """
+        program = self.svi._program
+        if program is None or program.rehearsed or self._num_steps < _FEW:
+            return False
+        # How wide it is shows afterwards; but the data of wide models are rarely few.
+        data = sum(x.numel() for x in self._arguments.leaves if isinstance(x, Tensor))
+        with blocks_apart() if data >= WIDE // 4 else nullcontext():
+            self.svi._rehearse(self._arguments.args, self._arguments.kwargs)
+        return self._is_wide()
+
+    def _is_wide(self) -> bool:
+        return sum(leaf.numel() for leaf in self.svi._targets.leaves) >= WIDE
+
+    def _large_apart(self) -> AbstractContextManager[None]:
+        return blocks_apart() if self._is_wide() else nullcontext()
+
+    def _earlier(self) -> CapturedStep | None:
+        """A captured step that serves the arguments and is still what the program does."""
+        captures = self.svi._captures
+        for step in captures.serving(self._arguments):
+            if step not in self._seen and self._is_worth(_WORTH_A_LOOK):
+                self._seen[step] = captures.is_as_captured(step)
+            if self._seen.get(step, False):
+                return step
+        return None
 
     def _capture(self) -> CapturedStep:
         lifted: frozenset[int] = frozenset()
         if self._batches is not None:
             lifted = varying(self._arguments, *self._shared)
         start = time.perf_counter()
-        step = self.svi._captures.capture(self._arguments, lifted)
-        self.capture_seconds += time.perf_counter() - start
-        if step.builds_aside:
-            self._builder = threading.Thread(target=self._build, args=(step,), daemon=True)
-            self._builder.start()
-        else:
-            self._build(step)
-        return step
-
-    def _build(self, step: CapturedStep) -> None:
-        start = time.perf_counter()
+        with self._large_apart():
+            step = self.svi._captures.capture(self._arguments, lifted)
+        self._seen[step] = True
+        captured = time.perf_counter()
+        self.capture_seconds += captured - start
         try:
             step.loop.build()
-        except CaptureError as error:
-            self._failure = error
-        self.compile_seconds += time.perf_counter() - start
-
-    def _is_built(self) -> bool:
-        if self._builder is not None:
-            self._builder.join(timeout=None if self.compile is True else 0.0)
-            if self._builder.is_alive():
-                return False
-            self._builder = None
-        return True
+        except CaptureError:
+            self.svi._captures.forget(step)
+            raise
+        self.compile_seconds += time.perf_counter() - captured
+        return step
 
     def _take_over(self, step: CapturedStep) -> Any:
         """Compare one native with one eager step; from here on, steps are native."""
         try:
-            if self._failure is not None:
-                raise self._failure
-            return step.check(self._arguments, self._advance_eagerly)
+            with self._large_apart():
+                return step.check(self._arguments, self._advance_eagerly)
         except Disagreement as error:
             self._give_up(error)
             return error.loss
@@ -246,6 +286,7 @@ class Runner:
         else:
             taken = [self._arguments, *self._batches.alike(steps - 1, step.accepts)]
             steps = len(taken)
+            step.pure.lifted.forget()  # a batch may be the last one's memory, filled anew
             losses = step.run_batches(taken)
             # The first one that was not taken is taken eagerly now if it is this step's.
             self._batches.give_back(taken[len(losses) or 1 :])

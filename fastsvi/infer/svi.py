@@ -15,8 +15,9 @@ from fastsvi.infer.captures import Captures
 from fastsvi.infer.convergence import EarlyStop
 from fastsvi.infer.course import Course
 from fastsvi.infer.elbo import ELBO
+from fastsvi.infer.elbo.particles import rehearse
 from fastsvi.infer.elbo.program import Program, all_leaves, leaves_of, total_loss, values_of
-from fastsvi.infer.fit_data import FitData, FitDims
+from fastsvi.infer.fit_data import FitDims
 from fastsvi.infer.fits import Fits
 from fastsvi.infer.fits_runner import FitsRunner
 from fastsvi.infer.progress import Losses
@@ -167,18 +168,23 @@ class SVI:
         number of the step, so a run is repeatable and does not depend on what else draws from
         torch's generator. (A few families, such as ``Poisson`` and ``Binomial``, still do.)
 
+        On a CPU the memory of a wide model stays close to that of parameters, gradient, optimizer
+        and one draw: :func:`fastsvi.infer.memory.floor_bytes`.
+
         Args:
             num_steps: number of steps; none is allowed.
             progress_bar: show a bar with the loss, averaged over the latest steps.
-            compile: ``"auto"`` starts eagerly at once and goes over to compiled steps when they
-                are ready and worth it; ``True`` waits for them, and warns where a program cannot
-                be compiled; ``False`` stays eager.
+            compile: ``"auto"`` takes the first step at once and compiles the others if there are
+                enough of them, some 150 of a small program or fewer of a large one; ``True``
+                compiles them always, and warns where that cannot be done; ``False`` stays eager.
+                Eager and compiled steps round differently; which are which depends on the numbers
+                of steps and elements alone, so runs from the same seed are the same to the bit.
             batches: an iterable such as a DataLoader, iterated anew as often as needed: each step
                 takes one batch, whose parts (of a tuple, a list or a dict) are arguments that
                 ``args`` and ``kwargs`` follow.
             fit_dims: with ``num_fits``, which arguments have a slice for every fit: for each
-                positional argument the dimension that counts the fits, or None where all share
-                it; or a dict of dimensions by names of keyword arguments.
+                positional argument, those of a batch first, the dimension that counts the fits, or
+                None where all share it; or a dict of dimensions by names of keyword arguments.
             stop_when_converged: end the run once the losses of its last half are flat, at two
                 looks in a row; see :mod:`fastsvi.infer.convergence`.
             checkpoint: path of a file that is written as the run goes on, at its end and on Ctrl-C.
@@ -217,13 +223,7 @@ class SVI:
                 if fit_dims is not None:
                     raise ConstraintError("fit_dims is for an SVI with num_fits=...")
                 return Runner(self, args, kwargs, num_steps, compile, batches)
-            if batches is not None:
-                raise ConstraintError(
-                    "batches are for one fit; with num_fits=... a plate with subsample_size shows "
-                    "each fit its own random batches"
-                )
-            data = FitData(args, kwargs, fit_dims, self._fits.num_fits)
-            return FitsRunner(self._fits, data, num_steps, compile)
+            return FitsRunner(self._fits, args, kwargs, fit_dims, num_steps, compile, batches)
 
         with explained(self, args, kwargs):
             saving = None
@@ -243,6 +243,7 @@ class SVI:
                 optim=self.optim if self._fits is None else None,
             )
             ending = course.follow(runner, watch)
+            runner.release()
         if self._fits is not None:
             params = self._fits.params()
         else:
@@ -300,6 +301,25 @@ class SVI:
                 self._program.rehearsed = False
         self._targets.zero_grad()
         return loss
+
+    def _rehearse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Make the parameters and check the program as the first step of a run does; no step.
+
+        Returns whether there is anything to rehearse.
+        """
+        self._follow_changes()
+        if self.elbo is None or self._program is None:
+            return False
+        program, undo = self._program, Undo()
+        try:
+            with explained(self, args, kwargs), undo:
+                program.draws.begin()  # a seed is drawn before parameters are
+                check = settings.get("validate") != "never" and not program.rehearsed
+                self._targets.set(rehearse(self.elbo, program, args, kwargs, check=check))
+        finally:
+            if undo.has_removed:
+                program.rehearsed = False
+        return True
 
     def _follow_changes(self) -> None:
         """Programs may assign ``svi.model`` and ``svi.guide`` between steps."""

@@ -63,6 +63,10 @@ class Targets:
         self._flat_grads = [buffer.grad for buffer in self._buffers]
         self._versions = self._current_versions()
 
+    def are_stored(self) -> bool:
+        """Whether there are any, and all still belong to the param store."""
+        return bool(self.leaves) and all(map(PARAM_STORE.locate, self.leaves))
+
     def zero_grad(self) -> None:
         """Set the targets' gradients to zero."""
         for grad in self._flat_grads:
@@ -144,11 +148,15 @@ class Undo:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
             return
+        self.remove_new()
+        zero_grads(leaf for _, leaf in PARAM_STORE.named_parameters())
+
+    def remove_new(self) -> None:
+        """Remove the parameters that were registered in this block."""
         # The store keeps names in the order of registration.
         for name in list(PARAM_STORE.keys())[self._num_params :]:
             del PARAM_STORE[name]
             self.has_removed = True
-        zero_grads(leaf for _, leaf in PARAM_STORE.named_parameters())
 
 
 def _first_of(what: str, found: list[str]) -> list[str]:

@@ -30,7 +30,8 @@ class PlateMessenger(SubsampleMessenger):
             isinstance(outer, PlateMessenger)
             and type(outer)._process_message is PlateMessenger._process_message
         )
-        return self.indices if self._vectorized and self._indices is not None else None
+        has_indices = self._indices is not None or self._shows_all
+        return self.indices if self._vectorized and has_indices else None
 
     def _process_message(self, msg: Message) -> None:
         super()._process_message(msg)

@@ -86,6 +86,10 @@ def draw_subset(size: int, subsample_size: int, device: Any = None) -> torch.Ten
     return random_subset(key, origin, 1, 1, size, subsample_size)[0, 0]
 
 
+# So many indices are made anew when they are asked for.
+_MANY = 1 << 16
+
+
 class SubsampleMessenger(IndepMessenger):
     """A plate that may show a random subset, and then scales log-densities by ``size / subset``."""
 
@@ -105,6 +109,7 @@ class SubsampleMessenger(IndepMessenger):
         )
         super().__init__(name, full_size, dim, device)
         self._indices = indices
+        self._shows_all = is_full(indices)
         self._is_scaled = full_size != self.subsample_size
 
     @staticmethod
@@ -157,7 +162,20 @@ class SubsampleMessenger(IndepMessenger):
 
     def _sequence(self) -> Iterator[int]:
         # A loop over everything needs no tensor: nothing is read back, and a capture can trace it.
-        return iter(range(self.size)) if is_full(self._indices) else super()._sequence()
+        return iter(range(self.size)) if self._shows_all else super()._sequence()
+
+    @property
+    def indices(self) -> Any:
+        """The indices that the plate shows, ``[subsample_size]``."""
+        if self._indices is None and self._shows_all:
+            self._indices = full_indices(self.size, self.device)
+        return super().indices
+
+    def __exit__(self, *error: Any) -> Any:
+        # Guides keep their plates, and eight bytes an index are twice what a parameter takes.
+        if self._shows_all and self.size >= _MANY:
+            self._indices = None
+        return super().__exit__(*error)
 
     def _reset(self) -> None:
         self._indices = None

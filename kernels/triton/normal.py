@@ -278,10 +278,10 @@ def forward(
     key, origin = key.contiguous(), origin.contiguous()
     noise = None if noise is None else noise.contiguous()
     value = loc.new_empty((batches, fits, num_particles, elements))
-    log_q = loc.new_zeros((batches, fits, num_particles))
-    log_det = loc.new_zeros(log_q.shape if table else (0,))
+    log_q = loc.new_empty((batches, fits, num_particles))
+    log_det = loc.new_empty(log_q.shape if table else (0,))
     if value.numel() == 0:
-        return value, log_q, log_det
+        return value, log_q.zero_(), log_det.zero_()
     tiles, *_ = launch.tiling(elements)
     parts = [
         sums if tiles == 1 else loc.new_empty((*sums.shape, tiles)) for sums in (log_q, log_det)

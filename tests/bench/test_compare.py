@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from bench import compare, table
@@ -156,6 +157,37 @@ def test_a_failed_warm_fit_is_explained():
     found = row("numpyro", [repeat(warm_error="no space left")])
     compare.judge(ONE, [found])
     assert found["note"] == "no warm fit: no space left"
+
+
+def test_a_guide_that_is_not_numpyros_does_not_count(tmp_path):
+    """Its ELBO may be as good: here that of two guides, one with a loc moved by half a scale."""
+    guide = {}
+    for site, latent in ONE.latents().items():
+        guide[f"loc.{site}"] = np.full(latent.shape, 0.5)
+        guide[f"scale.{site}"] = np.full(latent.shape, 0.8)
+    moved = guide | {"loc.tau": guide["loc.tau"] + 0.8}
+    posteriors, rows = compare.Posteriors(), []
+    for library, found in (("numpyro", guide), ("fastsvi", guide), ("torch", moved)):
+        np.savez(tmp_path / f"{library}.npz", **found)
+        elbo, error = posteriors.take(ONE, library, tmp_path / f"{library}.npz")
+        rows.append(row(library, [repeat(elbo=elbo, elbo_error=error)]))
+    posteriors.compare(ONE, rows)
+    compare.judge(ONE, rows)
+    numpyro, fastsvi, torch = (found["repeats"][0] for found in rows)
+    assert "apart" not in numpyro
+    assert fastsvi["apart"]["errors"] == 0
+    assert fastsvi["gate"] == "passed"
+    assert torch["apart"]["site"] == "tau"
+    assert "from NumPyro's at 'tau'" in torch["gate"]
+    cells = [table.line(found).split("  does not")[0].split()[-1] for found in rows]
+    assert cells == ["=", "0.0", f"{torch['apart']['errors']:.1f}"]
+
+
+def test_without_numpyro_there_is_nothing_to_compare_with(tmp_path):
+    rows = [row("fastsvi", [repeat()])]
+    compare.Posteriors().compare(ONE, rows)
+    assert "apart" not in rows[0]["repeats"][0]
+    assert table.line(rows[0]).endswith("?")
 
 
 # ---- the table

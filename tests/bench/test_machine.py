@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 from bench import machine
 
 
@@ -27,8 +30,14 @@ def test_a_gpu_is_named_in_place_of_the_processor(monkeypatch):
 
 def test_threads_and_caches_are_set_for_every_library(tmp_path):
     assert machine.threads_environment(1)["OMP_NUM_THREADS"] == "1"
+    assert machine.threads_environment(3)["NPROC"] == "3"
     assert "thread_eigen=false" in machine.threads_environment(1)["XLA_FLAGS"]
     assert "thread_eigen=true" in machine.threads_environment(2)["XLA_FLAGS"]
     caches = machine.cache_environment(tmp_path)
     folders = [value for value in caches.values() if value.startswith(str(tmp_path))]
     assert len(folders) == len(set(folders)) == 4
+
+
+def test_bytecode_of_the_working_tree_is_kept():
+    machine.keep_bytecode()
+    assert Path(importlib.util.cache_from_source(machine.__file__)).exists()

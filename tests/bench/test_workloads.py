@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.libraries import LIBRARIES, NotBuilt
-from bench.workloads import WORKLOADS, Case, Size, case
+from bench.workloads import WORKLOADS, Case, Size, case, exact
 from bench.workloads.log_joints import LOG_JOINTS, elbo
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +86,7 @@ def test_tables_are_complete():
         cpu = workload.sizes["cpu"]
         assert set(cpu.quick) <= set(cpu.steps)
         assert cpu.elbo is not None
+        assert (cpu.gap is not None) == exact.has_optimum(name)
 
 
 def test_the_tables_import_neither_torch_nor_jax():

@@ -1,7 +1,9 @@
 """What eager steps keep of their noise: origins on a device, and blocks of steps on the CPU."""
 
+import pytest
 import torch
 
+from fastsvi.engine import noise_blocks
 from fastsvi.engine.noise import NoiseStream, Seed, StepNoise
 from fastsvi.engine.noise_blocks import Blocks, Place
 from fastsvi.kernels import philox
@@ -85,3 +87,16 @@ def test_other_devices_are_drawn_by_the_operations():
     drawn = NoiseStream(Seed(0), step=4).draw(5, 3, torch.float32, meta, first=2)
     assert drawn.noise is None
     assert drawn.origin.device == meta
+
+
+@pytest.mark.parametrize("elements", [noise_blocks._PIECE + 1, 2 * noise_blocks._PIECE + 700])
+def test_pieces_are_the_same_numbers(elements):
+    """A last piece of one element, and one of several lanes."""
+    key, origin, steps = philox.derive_key(3, 1), philox.make_origin(step=4, particle=2), 2
+
+    def draw(origin, particles, size):
+        return philox.normal_block(key, origin, steps, 1, particles, size)
+
+    shape = (steps, 1, 2, elements)
+    found = noise_blocks.in_pieces(draw, origin, shape, torch.float32)
+    assert torch.equal(found, draw(origin, 2, elements))

@@ -9,6 +9,7 @@ import torch
 
 import fastsvi as pyro
 import fastsvi.distributions as dist
+from fastsvi.engine.native import NativeStep
 from fastsvi.errors import ConstraintError, DeviceError, FastSVIWarning, OutOfMemoryError
 from fastsvi.infer import SVI, Trace_ELBO, bad_calls
 from fastsvi.infer.autoguide import AutoNormal
@@ -254,6 +255,31 @@ class TestOutOfMemory:
         ):
             svi.step(DATA, 10**14)
         svi.step(DATA, 10)
+
+    def test_working_memory_of_compiled_steps(self, monkeypatch):
+        """The noise of all particles is asked for at once."""
+
+        def wide(data):
+            x = pyro.sample("x", dist.Normal(torch.zeros(1000), 1.0).to_event(1))
+            pyro.sample("obs", dist.Normal(x.mean(), 1.0), obs=data.sum())
+
+        def greedy(self, *args, **kwargs):
+            raise RuntimeError(
+                f"DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+                f"{self.arena_bytes} bytes."
+            )
+
+        monkeypatch.setattr(NativeStep, "run", greedy)
+        monkeypatch.setattr(bad_calls, "available_bytes", lambda error: 200_000)
+        svi = make(wide, AutoNormal(wide), particles=64)
+        with pytest.raises(OutOfMemoryError) as caught:
+            svi.run(5, DATA, progress_bar=False, compile=True)
+        message = str(caught.value)
+        assert "64 particles (P) and 1,000 latent elements (D)" in message
+        # 64 particles of 260 kB in all, four times: a sixth of them fit.
+        assert "chunk_size=8" in message
+        # 4 bytes, of 6 times 2,000 parameters and 8 times 1,000 draws.
+        assert "in 78.1 KiB or more in all" in message
 
     @pytest.mark.parametrize(
         ("chunk", "requested", "free", "fitting"),

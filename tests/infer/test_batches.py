@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastsvi.errors import ConstraintError
 from fastsvi.infer.batches import Batches, varying
@@ -61,8 +62,18 @@ def test_those_alike_are_taken_at_once_and_given_back():
     assert first.args == (1,)
 
 
-def test_taking_at_once_stops_at_the_end_without_an_error():
-    batches = Batches(iter([1, 2, 3]), (), {})
-    assert len(batches.alike(10, lambda arguments: True)) == 3
+def test_nothing_is_taken_ahead_of_what_may_change_something():
+    def accept(arguments):
+        return True
+
+    numbers = TensorDataset(torch.arange(4.0))
+    for still in ([1, 2], (1, 2), torch.arange(2), DataLoader(numbers, batch_size=2)):
+        assert len(Batches(still, (), {}).alike(2, accept)) == 2
+    loader = DataLoader(numbers, batch_size=2, collate_fn=list)  # may give the same memory again
+    for source in (iter([1, 2]), (k for k in [1, 2]), {1: 2}, loader):
+        assert Batches(source, (), {}).alike(2, accept) == []
+
+
+def test_what_is_taken_at_once_is_limited():
     large = Batches([torch.empty(1 << 24)], (), {})
     assert len(large.alike(10, lambda arguments: True)) == 1  # 64 MB are enough

@@ -178,12 +178,6 @@ def test_fits_that_have_converged_are_left_alone_and_the_run_ends():
     assert again.losses.isfinite().all()
 
 
-def test_batches_and_fits_do_not_go_together():
-    svi, _ = fitted(steps=1)
-    with pytest.raises(ConstraintError, match="batches"):
-        svi.run(5, batches=[(xs, ys)], progress_bar=False)
-
-
 def by_hand(x, y):
     loc = pyro.param("loc", lambda: dist.Normal(torch.zeros(3), 1.0).sample())
     scale = pyro.param("scale", torch.full((3,), 0.1), constraint=constraints.positive)

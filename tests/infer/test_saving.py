@@ -15,6 +15,7 @@ from saved_fits import DATA, EAGER, assert_same, contents, fresh, guide, model
 import fastsvi as pyro
 from fastsvi.errors import CheckpointError
 from fastsvi.infer import SVI, Trace_ELBO
+from fastsvi.infer.runner import Runner
 from fastsvi.infer.autoguide import AutoNormal
 from fastsvi.params import checkpoint
 
@@ -65,6 +66,27 @@ def test_a_run_that_was_cut_short_is_taken_up(path, automatic, optimizer, compil
         if cut == 23 and compile:
             assert run.native_steps == 60 - 23
         path.unlink()
+
+
+def test_the_same_call_goes_on_bit_for_bit(path, monkeypatch):
+    """Whether steps are compiled follows from the call: so "auto" goes on as it would have."""
+    whole = fresh(seed=1).run(400, DATA, progress_bar=False)
+    assert whole.native_steps > 300
+    native, calls = Runner._advance_native, []
+
+    def interrupted(self, step):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return native(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "_advance_native", interrupted)
+        first = fresh(seed=1).run(400, DATA, progress_bar=False, checkpoint=path)
+    assert 20 < len(first.losses) < 400
+    run = fresh(seed=1).run(400, DATA, progress_bar=False, checkpoint=path)
+    assert torch.equal(run.losses, whole.losses)
+    assert_same(run.params, whole.params)
 
 
 def test_seeds(path):

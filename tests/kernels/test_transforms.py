@@ -86,7 +86,8 @@ def case(name, op, kinds, sizes, lead=(), extreme=False, **options):
             values += [math.inf, -math.inf, math.nan]
             x = torch.tensor(values, dtype=torch.float64).repeat(len(sizes))
         # Inside the range of the constraint, but for the extremes.
-        return (x if op != "unconstrain" else constrain(x, tables[torch.float64, "cpu"]),)
+        with dispatch.use(None):  # on the CPU, whichever form is tested
+            return (x if op != "unconstrain" else constrain(x, tables[torch.float64, "cpu"]),)
 
     def call(x):
         return CALLS[op](x, tables[x.dtype, x.device.type])

@@ -11,8 +11,8 @@ from fastsvi.engine.loops.ir import Value, of_array
 from fastsvi.kernels import subsample
 
 if TYPE_CHECKING:
+    from fastsvi.engine.graph import Node
     from fastsvi.engine.loops.lower import Program
-    from fastsvi.engine.record import Node
 
 
 def _noise(kind: str) -> Callable[..., Value]:
@@ -36,7 +36,9 @@ def _noise(kind: str) -> Callable[..., Value]:
         names = ", ".join(x.name for x in (array, *sources))
         step, stride = (1, particles) if turned else (elements, 1)
         shape = f"{group}, {fits}, {particles}, {elements}, {step}, {stride}"
-        call = f"philox_draw<philox_{kind}<{array.ctype}>>({names}, {shape});"
+        few = elements <= 256
+        forms = f"{int(few)}, {int(few and step == 1)}, philox_{kind}<{array.ctype}>"
+        call = f"philox_draw<{forms}>({names}, {shape});"
         program.call([array], lambda: call, sources)
         return of_array(array)
 

@@ -51,13 +51,18 @@ def emit(program: Program, plan: Schedule, num_state: int) -> tuple[str, int]:
     arrays |= {array.name: array for array in program.inputs}
     functions: list[str] = []
     steps: list[str] = []
+    loop = plan.loop
     for position, nest in enumerate(plan.nests):
+        if loop and position == loop[0]:
+            steps.append(f"for (int64_t round = 0; round < {program.rounds}; ++round) {{")
         lines = _nest(nest, plan)
         used = [arrays[name] for name in dict.fromkeys(re.findall(r"\ba\d+\b", "\n".join(lines)))]
         if nest.statements[0].call is None and layout.shared.intersection(used):
             functions += _function(f"nest{position}", used, lines)
             lines = [f"nest{position}({', '.join(array.name for array in used)});"]
         steps += lines
+        if loop and position == loop[-1]:
+            steps.append("}")
     for position in range(num_state):
         if position not in plan.aliased:
             source, target = program.outputs[position], program.inputs[position]
@@ -134,7 +139,7 @@ def _nest(nest: Nest, plan: Schedule) -> list[str]:
         gone = {statement.axes[k] for k in statement.reduced}
         in_register = inner in gone and not statement.scattered
         if in_register:
-            sums.append((statement, value, target, gone == {inner}))
+            sums.append((statement, value, target, gone == {inner} and statement.fresh))
         else:
             stores.append(f"{target} = {_JOIN[statement.combine].format(target, value.text)};")
         if statement.fresh and not (in_register and gone == {inner}):

@@ -13,8 +13,8 @@ from fastsvi.engine.loops.ir import CTYPES, Array, Body, Expr, Indices, Value, o
 from fastsvi.errors import CaptureError
 
 if TYPE_CHECKING:
+    from fastsvi.engine.graph import Node
     from fastsvi.engine.loops.lower import Program
-    from fastsvi.engine.record import Node
 
 
 def _call(

@@ -145,6 +145,7 @@ class Statement:
     also: tuple[Array, ...] = ()  # further arrays that a call writes
     loads: dict[Array, set[Indices]] = field(default_factory=dict)
     work: float = 0.0  # rough operations of one iteration
+    phase: int = 0  # 1 in the loop over rounds, 0 before it, 2 after it
 
     @property
     def axes(self) -> tuple[Axis, ...]:

@@ -14,8 +14,8 @@ from fastsvi.engine.loops.ir import Body, Indices, Statement, Value, of_array, s
 from fastsvi.errors import CaptureError
 
 if TYPE_CHECKING:
+    from fastsvi.engine.graph import Node
     from fastsvi.engine.loops.lower import Program
-    from fastsvi.engine.record import Node
 
 _CHEAP = 2  # costlier values are stored before they are looked into
 

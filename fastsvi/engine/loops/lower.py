@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-from fastsvi.engine.loops import draws, factors, lookups, pointwise, products, reductions, views
+from fastsvi.engine.graph import Graph, Node
+from fastsvi.engine.loops import (
+    draws,
+    factors,
+    lookups,
+    pointwise,
+    products,
+    reductions,
+    rounds,
+    views,
+)
 from fastsvi.engine.loops.ir import (
     CTYPES,
     Array,
@@ -19,7 +29,7 @@ from fastsvi.engine.loops.ir import (
     of_array,
     squeeze,
 )
-from fastsvi.engine.record import Graph, Node
+from fastsvi.engine.rounds import loop_of
 from fastsvi.errors import CaptureError
 
 # A value with several readers is stored if computing it again would cost more than reading it.
@@ -32,11 +42,15 @@ _OPERATIONS: dict[Any, Callable[..., Value]] = {
     **lookups.OPERATIONS,
     **draws.OPERATIONS,
     **factors.OPERATIONS,
+    **rounds.OPERATIONS,
 }
 
 
 class Program:
-    """Statements in order, and the arrays they read and write."""
+    """Statements in order, and the arrays they read and write.
+
+    Those of phase 1 are done ``rounds`` times, after those of phase 0 and before those of phase 2.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.statements: list[Statement] = []
@@ -44,15 +58,18 @@ class Program:
         self.constants: list[tuple[Array, torch.Tensor]] = []
         self.shared: dict[Any, Any] = {}  # what several results of one operation are made of
         self._count = 0
+        self._phase = 0
         self._values: dict[Node, Value] = {}
         self._dense: dict[Any, Array] = {}  # constants by the memory that they are
         for node in graph.inputs:
             array = self.array(node.shape, node.dtype, "input")
             self.inputs.append(array)
             self._values[node] = of_array(array)
-        for node in graph.nodes:
-            self._values[node] = self._lower(node)
-        self.outputs = [self._output(self._value(node)) for node in graph.outputs]
+        *phases, self.rounds = loop_of(graph)
+        for self._phase, nodes in enumerate(phases):
+            for node in nodes:
+                self._values[node] = self._lower(node)
+        self.outputs = [self._output(self.value(node)) for node in graph.outputs]
 
     # ---- arrays and values
 
@@ -63,7 +80,8 @@ class Program:
         self._count += 1
         return Array(f"a{self._count}", tuple(shape), dtype, kind)
 
-    def _value(self, node: Node) -> Value:
+    def value(self, node: Node) -> Value:
+        """What a node was lowered to."""
         value = self._values.get(node)
         if value is None:
             if node.value is None:
@@ -102,7 +120,7 @@ class Program:
 
     def _argument(self, argument: Any) -> Any:
         if isinstance(argument, Node):
-            return self._value(argument)
+            return self.value(argument)
         if isinstance(argument, list | tuple):
             return [self._argument(x) for x in argument]
         return argument
@@ -111,7 +129,7 @@ class Program:
         pattern = _pattern(node)
         if pattern is not None:
             name, operand = pattern
-            value = pointwise.lower(name, node.dtype, [self._value(operand)], {})
+            value = pointwise.lower(name, node.dtype, [self.value(operand)], {})
             return self._kept(node, value)
         args = [self._argument(x) for x in node.args]
         kwargs = {name: self._argument(x) for name, x in node.kwargs.items()}
@@ -179,9 +197,20 @@ class Program:
         self.add(Statement(array, domain, lambda i, body: value.load(spread(i), body), store))
 
     def add(self, statement: Statement) -> None:
-        """Append a statement of loops."""
+        """Append a statement of loops, of which it is yet to be found what it reads."""
         statement.trial()
+        self.append(statement)
+
+    def append(self, statement: Statement) -> None:
+        """Append a statement of which it is known what it reads."""
+        statement.phase = self._phase
         self.statements.append(statement)
+
+    def before(self, make: Callable[[], None]) -> None:
+        """Have ``make`` append statements that come before the loop over rounds."""
+        phase, self._phase = self._phase, 0
+        make()
+        self._phase = phase
 
     def call(
         self, arrays: Sequence[Array], text: Callable[[], str], reads: Sequence[Array]
@@ -190,7 +219,7 @@ class Program:
         first, *also = arrays
         statement = Statement(first, (), nothing, lambda i: i, call=text, also=tuple(also))
         statement.loads = {x: set() for x in reads}
-        self.statements.append(statement)
+        self.append(statement)
 
 
 def _name(node: Node) -> Any:

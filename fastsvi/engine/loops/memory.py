@@ -60,6 +60,10 @@ def _lives(program: Program, plan: Schedule, num_state: int) -> dict[Array, tupl
                     continue
                 first, _ = lives.get(array, (time, time))
                 lives[array] = first, time
+    loop = plan.loop
+    for array, (first, last) in lives.items():
+        if loop and first < loop[0] and last in loop:
+            lives[array] = first, loop[-1]  # the next round reads it again
     for array in program.outputs:
         if array in lives:
             lives[array] = lives[array][0], len(plan.nests)

@@ -221,7 +221,7 @@ def _logistic(template: str, cost: int, x: Value) -> Value:
 
     def load(indices: Indices, body: Body) -> Expr:
         expr = x.load(indices, body)
-        below = body.local(kind, f"fn::exp_below(-fn::abs({expr.text}))", expr.axes)
+        below = body.local(kind, f"fn::exp_minus(-fn::abs({expr.text}))", expr.axes)
         return body.local(kind, template.format(expr.text, below.text), expr.axes)
 
     return Value(x.shape, x.dtype, load, cost + x.cost)

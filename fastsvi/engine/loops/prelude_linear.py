@@ -19,33 +19,117 @@ static void matrix_matrix(void* routine, int m, int n, int k, const T* a, int64_
                      &zero, out, &n);
 }
 
-// Each row with x: four rows at a time, for x is then read once for four.
-template <class T>
-static void matrix_rows(int64_t m, int64_t k, const T* a, int64_t lda, const T* x,
-                        T* __restrict__ out) {
+template <class T> struct matrix_lanes {
   typedef T Pack __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
-  const int lanes = 32 / sizeof(T);
-  for (int64_t row = 0; row < m; row += 4) {
-    const int64_t rest = m - row - 1;  // the last rows may be read more than once
-    const T *p0 = a + row * lda, *p1 = p0 + fn::least(1, rest) * lda,
-            *p2 = p0 + fn::least(2, rest) * lda, *p3 = p0 + fn::least(3, rest) * lda;
-    Pack s0 = {}, s1 = {}, s2 = {}, s3 = {};
-    int64_t j = 0;
-    for (; j + lanes <= k; j += lanes) {
-      const Pack v = *(const Pack*)(x + j);
-      s0 += v * *(const Pack*)(p0 + j), s1 += v * *(const Pack*)(p1 + j);
-      s2 += v * *(const Pack*)(p2 + j), s3 += v * *(const Pack*)(p3 + j);
-    }
-    T sums[4] = {};
-    for (; j < k; ++j)
-      sums[0] += x[j] * p0[j], sums[1] += x[j] * p1[j], sums[2] += x[j] * p2[j],
-          sums[3] += x[j] * p3[j];
-    for (int lane = 0; lane < lanes; ++lane)
-      sums[0] += s0[lane], sums[1] += s1[lane], sums[2] += s2[lane], sums[3] += s3[lane];
-    for (int64_t r = 0; r < 4 && r <= rest; ++r) out[row + r] = sums[r];
+  typedef uint64_t Bits __attribute__((vector_size(32)));
+  static const int count = 32 / sizeof(T);
+};
+// The sum over the lanes of each of eight registers.
+#if defined(__clang__) || __GNUC__ > 11
+#define SHUFFLE __builtin_shufflevector
+INLINE void matrix_fold(const matrix_lanes<float>::Pack* s, float* out) {
+  typedef matrix_lanes<float>::Pack Pack;
+  Pack p[4], q[2];
+#pragma GCC unroll 8
+  for (int r = 0; r < 4; ++r)
+    p[r] = SHUFFLE(s[2 * r], s[2 * r + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
+           SHUFFLE(s[2 * r], s[2 * r + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+#pragma GCC unroll 8
+  for (int r = 0; r < 2; ++r)
+    q[r] = SHUFFLE(p[2 * r], p[2 * r + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+           SHUFFLE(p[2 * r], p[2 * r + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  *(Pack*)out = SHUFFLE(q[0], q[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+                SHUFFLE(q[0], q[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+INLINE void matrix_fold(const matrix_lanes<double>::Pack* s, double* out) {
+  typedef matrix_lanes<double>::Pack Pack;
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; r += 4) {
+    const Pack p = SHUFFLE(s[r], s[r + 1], 0, 4, 2, 6) + SHUFFLE(s[r], s[r + 1], 1, 5, 3, 7);
+    const Pack q = SHUFFLE(s[r + 2], s[r + 3], 0, 4, 2, 6) +
+                   SHUFFLE(s[r + 2], s[r + 3], 1, 5, 3, 7);
+    *(Pack*)(out + r) = SHUFFLE(p, q, 0, 1, 4, 5) + SHUFFLE(p, q, 2, 3, 6, 7);
   }
 }
-// The rows weighted by x and added up, eight at a time; blocks of columns stay in the cache.
+#else
+template <class Pack, class T> INLINE void matrix_fold(const Pack* s, T* out) {
+  for (int r = 0; r < 8; ++r) {
+    T sum = 0;
+    for (int lane = 0; lane < matrix_lanes<T>::count; ++lane) sum += s[r][lane];
+    out[r] = sum;
+  }
+}
+#endif
+// Each row with x, eight rows at a time: x is read once for eight. What is left of a row is at the
+// end of a register that begins within what has been summed.
+template <class T>
+static __attribute__((noinline)) void matrix_rows(int64_t m, int64_t k, const T* a, int64_t lda,
+                                                  const T* x, T* __restrict__ out) {
+  typedef typename matrix_lanes<T>::Pack Pack;
+  typedef typename matrix_lanes<T>::Bits Bits;
+  const int64_t lanes = matrix_lanes<T>::count, whole = k / lanes * lanes, last = k - lanes;
+  Bits fresh = {};
+  for (int64_t i = 0; i < 32; ++i)
+    ((unsigned char*)&fresh)[i] = last + i / (int64_t)sizeof(T) < whole ? 0 : 255;
+  int64_t row = 0;
+  for (; last >= 0 && row + 8 <= m; row += 8) {
+    const T* p = a + row * lda;
+    Pack s[8] = {};
+    for (int64_t j = 0; j < whole; j += lanes) {
+      const Pack v = *(const Pack*)(x + j);
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) s[r] += v * *(const Pack*)(p + r * lda + j);
+    }
+    if (whole < k) {
+      const Pack v = *(const Pack*)(x + last);
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r)
+        s[r] += v * (Pack)(fresh & (Bits) * (const Pack*)(p + r * lda + last));
+    }
+    matrix_fold(s, out + row);
+  }
+  for (; row < m; ++row) {
+    T sum = 0;
+    for (int64_t j = 0; j < k; ++j) sum += x[j] * a[row * lda + j];
+    out[row] = sum;
+  }
+}
+// The rows weighted by x and added up: W registers, the last of which may overlap the one before,
+// hold a row. Of narrow rows several are summed on their own, for sums do not wait for each other.
+template <class T, int W>
+static __attribute__((noinline)) void matrix_narrow(int64_t m, int64_t k, const T* a, int64_t lda,
+                                                    const T* x, int64_t step,
+                                                    T* __restrict__ out) {
+  typedef typename matrix_lanes<T>::Pack Pack;
+  const int64_t lanes = matrix_lanes<T>::count;
+  const int U = 8 / W;
+  Pack total[W] = {};
+  for (int64_t row = 0; row < m;) {  // blocks, so that long sums do not drift
+    const int64_t end = fn::least(row + 256, m);
+    Pack s[U][W] = {};
+    for (; row + U <= end; row += U)
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) {
+        const T* p = a + (row + u) * lda;
+        const T y = x[(row + u) * step];
+#pragma GCC unroll 8
+        for (int w = 0; w < W; ++w)
+          s[u][w] += y * *(const Pack*)(p + (w < W - 1 ? w * lanes : k - lanes));
+      }
+    for (; row < end; ++row)
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w)
+        s[0][w] += x[row * step] *
+                   *(const Pack*)(a + row * lda + (w < W - 1 ? w * lanes : k - lanes));
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w)
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) total[w] += s[u][w];
+  }
+#pragma GCC unroll 8
+  for (int w = 0; w < W; ++w) *(Pack*)(out + (w < W - 1 ? w * lanes : k - lanes)) = total[w];
+}
+// The same for rows of any width, eight at a time; blocks of columns stay in the cache.
 template <class T>
 static void matrix_columns(int64_t m, int64_t k, const T* a, int64_t lda, const T* x, int64_t step,
                            T* __restrict__ out) {

@@ -91,7 +91,9 @@ INLINE void philox_keys(const int64_t* key, uint32_t* s) {
   }
 }
 
-template <class Kind, class T>
+// Of few elements, up to 256, each has a counter of its own and is in lane 0. By columns: particles
+// are neighbours in memory.
+template <bool few, bool columns, class Kind, class T>
 static void philox_draw(T* __restrict__ out, const int64_t* key, const int64_t* origin,
                         int64_t group_offset, int64_t fits, int64_t particles, int64_t elements,
                         int64_t particle_stride, int64_t element_stride) {
@@ -101,7 +103,7 @@ static void philox_draw(T* __restrict__ out, const int64_t* key, const int64_t* 
   for (int64_t f = 0; f < fits; ++f) {
     T* fit = out + f * particles * elements;
     const uint32_t fit_word = origin[3] + f;
-    if (particle_stride == 1 && elements <= 256) {  // each element has a counter, in lane 0
+    if constexpr (columns) {
       for (int64_t e = 0; e < elements; ++e) {
         T* __restrict__ column = fit + e * element_stride;
         const uint32_t group = first + e;
@@ -111,31 +113,33 @@ static void philox_draw(T* __restrict__ out, const int64_t* key, const int64_t* 
           column[p] = Kind::first(x0, x1);
         }
       }
-      continue;
-    }
-    for (int64_t p = 0; p < particles; ++p) {
-      const uint32_t particle_word = particle + p;
-      for (int64_t tile = 0; tile * 1024 < elements; ++tile) {
-        T* __restrict__ row = fit + p * particle_stride + tile * 1024;
-        const int64_t rest = elements - tile * 1024;
-        const uint32_t group = first + tile * 256;
-        if (elements <= 256) {
+    } else if constexpr (few) {
+      for (int64_t p = 0; p < particles; ++p) {
+        T* __restrict__ row = fit + p * particle_stride;
+        const uint32_t particle_word = particle + p;
 #pragma omp simd
-          for (int32_t g = 0; g < (int32_t)rest; ++g) {
+        for (int32_t g = 0; g < (int32_t)elements; ++g) {
+          PHILOX(first + g, step, particle_word, fit_word)
+          row[g] = Kind::first(x0, x1);
+        }
+      }
+    } else {
+      for (int64_t p = 0; p < particles; ++p) {
+        T* __restrict__ row = fit + p * particle_stride;
+        const uint32_t particle_word = particle + p;
+        for (int64_t tile = 0; tile * 1024 < elements; ++tile, row += 1024) {
+          const int64_t rest = elements - tile * 1024;
+          const uint32_t group = first + tile * 256;
+          T last[1024];
+          T* __restrict__ to = rest >= 1024 ? row : last;
+#pragma omp simd
+          for (int32_t g = 0; g < 256; ++g) {
             PHILOX(group + g, step, particle_word, fit_word)
-            row[g] = Kind::first(x0, x1);
+            Kind::both(x0, x1, to[g], to[g + 256]);
+            Kind::both(x2, x3, to[g + 512], to[g + 768]);
           }
-          continue;
+          if (rest < 1024) fn::copy(last, rest, row);
         }
-        T last[1024];
-        T* __restrict__ to = rest >= 1024 ? row : last;
-#pragma omp simd
-        for (int32_t g = 0; g < 256; ++g) {
-          PHILOX(group + g, step, particle_word, fit_word)
-          Kind::both(x0, x1, to[g], to[g + 256]);
-          Kind::both(x2, x3, to[g + 512], to[g + 768]);
-        }
-        if (rest < 1024) fn::copy(last, rest, row);
       }
     }
   }

@@ -25,14 +25,21 @@ from fastsvi.engine.loops.ir import (
 )
 
 if TYPE_CHECKING:
+    from fastsvi.engine.graph import Node
     from fastsvi.engine.loops.lower import Program
-    from fastsvi.engine.record import Node
 
 # Products of fewer multiplications are done faster in place than by a call.
 WORTH_A_CALL = 4096
-# A result with fewer columns than this is laid out column by column, if they are long: BLAS is
-# several times slower on the narrow side.
+# BLAS computes tiles of a result, of about this many elements along the axis whose elements are
+# neighbours in memory and this many along the other. Tiles that stick out are computed whole.
+_TILE = 16, 4
+# Of results that fit tiles either way, those with fewer columns than this are laid out column by
+# column, if they are long: what is done with them afterwards then runs along memory.
 _NARROW = 64
+# Where a program keeps its calls, by the array that they write.
+PRODUCTS = "products"
+# Registers of 32 bytes that a routine may take to hold a row.
+_REGISTERS = 8
 
 
 def _product(program: Program, node: Node, a: Value, b: Value, names: str) -> Value:
@@ -104,11 +111,15 @@ def _factor(program: Program, x: Value) -> Value:
             array.order = tuple(range(len(array.shape)))
         if _is_readable(x.shape, place.strides):
             return x
-    array = program.array(x.shape, x.dtype)
-    if len(x.shape) == 3:
-        array.order = (0, 1, 2)
-    program.write(array, x)
-    return of_array(array)
+    # Both passes read a minibatch: one copy serves them.
+    known = program.shared.setdefault("copied factors", {})
+    if x not in known:
+        array = program.array(x.shape, x.dtype)
+        if len(x.shape) == 3:
+            array.order = (0, 1, 2)
+        program.write(array, x)
+        known[x] = of_array(array)
+    return known[x]
 
 
 def _is_readable(shape: tuple[int, ...], strides: list[int]) -> bool:
@@ -123,12 +134,23 @@ def _is_readable(shape: tuple[int, ...], strides: list[int]) -> bool:
 def _call(program: Program, node: Node, a: Value, b: Value) -> Value:
     a, b = _factor(program, a), _factor(program, b)
     array = program.blank(node.shape, node.dtype)
-    if len(node.shape) == 2 and 1 < node.shape[1] < min(_NARROW, node.shape[0]):
+    if len(node.shape) == 2 and 1 not in node.shape and _is_better_turned(*node.shape):
         array.order = (1, 0)
     statement = Statement(array, (), nothing, lambda i: i, call=_text(array, a, b))
     statement.loads = {_known(x).array: set() for x in (a, b)}
-    program.statements.append(statement)
+    program.append(statement)
+    program.shared.setdefault(PRODUCTS, {})[array] = statement
     return of_array(array)
+
+
+def _is_better_turned(rows: int, columns: int) -> bool:
+    """Whether a matrix that BLAS computes is to lie column by column."""
+
+    def computed(along: int, across: int) -> int:
+        return -(-along // _TILE[0]) * _TILE[0] * -(-across // _TILE[1]) * _TILE[1]
+
+    turned, natural = computed(rows, columns), computed(columns, rows)
+    return turned < natural or (turned == natural and columns < min(_NARROW, rows))
 
 
 def _known(x: Value) -> Place:
@@ -198,6 +220,11 @@ def _multiply(out: Array, a: _Matrix, b: _Matrix, target: str, row: int, column:
     if a.rows == 1 or (column != 1 and b.columns != 1):
         a, b = b.turned, a.turned  # the transpose of the result, from those of the factors
     if b.columns == 1:
+        lanes = 32 // out.dtype.itemsize
+        if 1 not in (a.column, a.columns) and lanes <= a.rows <= _REGISTERS * lanes:
+            matrix = f"{a.columns}, {a.rows}, {a.pointer}, {a.column}"
+            routine = f"matrix_narrow<{kind}, {-(-a.rows // lanes)}>"
+            return f"{routine}({matrix}, {b.pointer}, {b.row or 1}, {target});"
         matrix = f"{a.rows}, {a.columns}, {a.pointer}, {a.row}, {a.column}"
         return f"matrix_vector<{kind}>({matrix}, {b.pointer}, {b.row or 1}, {target});"
     routine = f"blas[{blas.ROUTINES[out.dtype]}]"

@@ -23,8 +23,8 @@ from fastsvi.engine.loops.ir import (
 )
 
 if TYPE_CHECKING:
+    from fastsvi.engine.graph import Node
     from fastsvi.engine.loops.lower import Program
-    from fastsvi.engine.record import Node
 
 # Longer axes are accumulated one element after the other.
 _SHORT = 64

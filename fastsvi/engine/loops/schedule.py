@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fastsvi.engine.loops.index import Axis
 from fastsvi.engine.loops.ir import Array, Statement
+from fastsvi.engine.loops.landing import land
 from fastsvi.engine.loops.lower import Program
 
 _VECTOR = 8  # lanes of a vector register that a loop should fill
@@ -44,9 +45,16 @@ class Schedule:
     recomputed: dict[Array, Statement]  # computed anew in each nest that reads them
     aliased: set[int]  # positions of outputs that overwrite their input in place
 
+    @property
+    def loop(self) -> range:
+        """Positions of the nests in the loop over rounds."""
+        inside = [k for k, nest in enumerate(self.nests) if nest.statements[0].phase == 1]
+        return range(inside[0], inside[-1] + 1) if inside else range(0)
+
 
 def schedule(program: Program, num_state: int) -> Schedule:
     """Schedule a program whose first ``num_state`` outputs replace its first inputs."""
+    land(program)
     nests, place = _group(program.statements)
     for nest in nests:
         if not nest.alone:
@@ -75,8 +83,11 @@ def _group(statements: list[Statement]) -> tuple[list[Nest], dict[Statement, int
     nests: list[Nest] = []
     place: dict[Statement, int] = {}
     producers: dict[Array, list[Statement]] = {}
-    for statement in statements:
-        earliest = 0
+    start, phase = 0, 0
+    for statement in sorted(statements, key=lambda statement: statement.phase):
+        if statement.phase != phase:
+            start, phase = len(nests), statement.phase
+        earliest = start
         needed = set(statement.loads) | ({statement.array} if statement.scattered else set())
         for array in needed:
             for producer in producers.get(array, []):
@@ -191,6 +202,8 @@ def _lay_out(nest: Nest) -> None:
     for statement in nest.statements:
         array = statement.array
         if array.order is not None or array.kind != "temporary" or statement.scattered:
+            continue
+        if statement.call is not None:  # zeros, in any order
             continue
         depth = {axis: position for position, axis in enumerate(nest.order)}
         indices = statement.store(statement.indices)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastsvi.distributions as dist
 import fastsvi.primitives as pyro
 from fastsvi import poutine
-from fastsvi.distributions import biject_to, constraints
+from fastsvi.distributions import biject_to, constraints, noise
 from fastsvi.errors import ConstraintError, NonFiniteError, SiteError, describe
 from fastsvi.infer.autoguide.base import AutoGuide
 from fastsvi.infer.autoguide.initialization import (
@@ -274,9 +274,9 @@ class AutoLowRankMultivariateNormal(_ScaledNormal):
         super()._setup_prototype(*args, **kwargs)
         if self.rank is None:
             self.rank = round(self.latent_dim**0.5)
-        # Reading self.loc would be a param statement.
-        factor = self._init_loc().new_empty(self.latent_dim, self.rank)
-        self.cov_factor = nn.Parameter(factor.normal_(0, self.rank**-0.5))
+        loc = self._init_loc()  # reading self.loc would be a param statement
+        factor = noise.normal((self.latent_dim, self.rank), loc.dtype, loc.device)
+        self.cov_factor = nn.Parameter(factor * self.rank**-0.5)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
         """The low-rank multivariate normal over the packed vector."""

@@ -34,6 +34,10 @@ _SCALE_MAPS: dict[Any, ScaleMap] = {
 }
 
 
+# Of sites with so many elements the prototype keeps the shape of the initial value only.
+_MANY = 1 << 20
+
+
 class AutoNormal(AutoGuide):
     """A normal with diagonal covariance over the unconstrained coordinates of every latent site.
 
@@ -89,6 +93,8 @@ class AutoNormal(AutoGuide):
             scale = torch.full_like(loc, self._init_scale)
             deep_setattr(self.locs, name, PyroParam(loc, constraints.real, event_dim))
             deep_setattr(self.scales, name, PyroParam(scale, self.scale_constraint, event_dim))
+            if site["value"].numel() >= _MANY:
+                site["value"] = site["value"].new_zeros(()).expand(site["value"].shape)
 
     def _get_loc_and_scale(self, name: str) -> tuple[Tensor, Tensor]:
         """Parameters of a site, in unconstrained space; subsampled inside of its plates."""

@@ -63,6 +63,7 @@ def run_prototype(
         # The arguments and the result go too: a guide should not keep the data alive.
         if hide(site):
             trace.remove_node(name)
+        site.log_prob = site.unscaled_log_prob = None
     return trace
 
 

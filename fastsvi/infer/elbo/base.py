@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from fastsvi.infer.util import checking, is_finite
 
 # An ELBO may be shared between fits; it remembers what it found out about so many of them.
 _MAX_PROGRAMS = 8
+# Draws of so many elements fill the time of their operations: more at once only take memory.
+_MANY_ELEMENTS = 1 << 20
 
 
 class ELBOModule(torch.nn.Module):
@@ -179,20 +181,31 @@ class ELBO(ABC):
             by_counter: whether what the program draws by its statements comes from the fit's seed
                 and step, as in a run, and not from torch's generator.
         """
-        draws = None
+        draws = most = None
         if by_counter:
             draws = program.draws
             draws.begin()
+            most = self._most_at_once(program)
         estimates: list[Estimate] = []
-        for estimate in self._estimates(program, args, kwargs, fast=program.noise, draws=draws):
+        chunks = particles.chunks(self, most)
+        for estimate in self._estimates(program, args, kwargs, program.noise, draws, chunks):
             # Piece by piece, so that only one graph is alive at a time.
             if estimate.leaves and estimate.surrogate.requires_grad:
                 estimate.surrogate.backward(retain_graph=self.retain_graph)
-            if self.chunk_size is not None:
+            if self.chunk_size is not None or most is not None:
                 _forget_values(estimates)
             estimates.append(estimate._replace(surrogate=estimate.loss))
         program.noise.advance()
         return estimates
+
+    def _most_at_once(self, program: Program) -> int | None:
+        """How many particles of a wide guide an eager step of a run takes at once."""
+        if not (self.vectorize_particles and self._takes_densities and fused.applies_to(program)):
+            return None
+        guide = program.guide.fused()
+        if guide is None or guide.num_elements * self.num_particles <= _MANY_ELEMENTS:
+            return None
+        return max(1, _MANY_ELEMENTS // guide.num_elements)
 
     # ------------------------------------------------------------------------------- particles
 
@@ -213,11 +226,13 @@ class ELBO(ABC):
         kwargs: Any,
         fast: NoiseStream | RecordedNoise | None = None,
         draws: ProgramNoise | None = None,
+        chunks: Iterable[particles.Chunk] | None = None,
     ) -> Iterator[Estimate]:
         """Estimates whose sum is the estimate of the loss: one for each chunk, or each particle.
 
-        With a stream of noise as ``fast``, by the fast path if it applies; the gradient then goes
-        straight to the flat gradient. What the program draws comes from ``draws`` if given.
+        Those of some ``chunks`` only, if these are given. With a stream of noise as ``fast``, by
+        the fast path if it applies; the gradient then goes straight to the flat gradient. What the
+        program draws comes from ``draws`` if given.
         """
         validate = settings.get("validate")
         must_check = validate == "always" or (validate == "first" and not program.rehearsed)
@@ -229,7 +244,7 @@ class ELBO(ABC):
                 particles.rehearse(self, program, args, kwargs, check=must_check)
             must_check = False
         subsets: particles.Subsets = {}
-        for chunk in particles.chunks(self):
+        for chunk in particles.chunks(self) if chunks is None else chunks:
             shared = (chunk, draws, subsets)
             if fast is not None:
                 estimate = fused.estimate(self, program, args, kwargs, fast, *shared)

@@ -20,6 +20,7 @@ from fastsvi.infer.elbo.program import Estimate, Program
 from fastsvi.infer.util import checking
 from fastsvi.poutine.log_density import DensityMessenger
 from fastsvi.poutine.runtime import STACK
+from fastsvi.poutine.subsample_messenger import is_full
 from fastsvi.poutine.util import site_is_subsample
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def estimate(
         with density:
             program.model(*args, **kwargs)
         leaves[:] = density.leaves
-        subsets.update((n, s.value) for n, s in density.sites.items() if site_is_subsample(s))
+        drawn = [(n, s.value) for n, s in density.sites.items() if site_is_subsample(s)]
+        subsets.update((name, value) for name, value in drawn if not is_full(value))
         return density.log_joint
 
     obstacle = None

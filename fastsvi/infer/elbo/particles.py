@@ -12,7 +12,7 @@ import linecache
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,9 +50,9 @@ class Chunk(NamedTuple):
         return self.size / elbo.num_particles
 
 
-def chunks(elbo: ELBO) -> Iterator[Chunk]:
-    """All particles of an estimate, in pieces of ``elbo.chunk_size``."""
-    size = elbo.chunk_size or elbo.num_particles
+def chunks(elbo: ELBO, most: int | None = None) -> Iterator[Chunk]:
+    """All particles of an estimate, in pieces of ``elbo.chunk_size``, of ``most`` at most."""
+    size = min(elbo.chunk_size or elbo.num_particles, most or elbo.num_particles)
     for first in range(0, elbo.num_particles, size):
         yield Chunk(first, min(size, elbo.num_particles - first))
 
@@ -101,8 +101,12 @@ class _SharedByParticles(Messenger):
             raise _RunAhead("parameter", msg.name)
 
 
-def rehearse(elbo: ELBO, program: Program, args: Any, kwargs: Any, *, check: bool) -> None:
+def rehearse(
+    elbo: ELBO, program: Program, args: Any, kwargs: Any, *, check: bool
+) -> Sequence[Tensor]:
     """Run guide and model once for their effects: parameters, and errors if ``check``.
+
+    Returns the parameters.
 
     A rehearsal that only checks leaves torch's generator where it was. One that makes parameters
     must not: the next draws would repeat the numbers that the parameters were made of.
@@ -114,8 +118,9 @@ def rehearse(elbo: ELBO, program: Program, args: Any, kwargs: Any, *, check: boo
         poutine.block(),
         checking(check),
     ):
-        elbo._get_trace(program.model, program.guide, args, kwargs)
+        model_trace, guide_trace = elbo._get_trace(program.model, program.guide, args, kwargs)
     program.rehearsed = True
+    return leaves_of(guide_trace, model_trace)
 
 
 def estimate_one(

@@ -57,3 +57,35 @@ def test_functions_are_right_to_some_ulp_everywhere(dtype):
             equal_nan=True,
             msg=lambda text, name=name: f"{name}: {text}",
         )
+
+
+BELOW = {  # of -|x|, which native loops write without overflow; with the error that they state
+    "exponential": (lambda x: (-x.abs()).exp(), 1.1),
+    # Half an ulp for each of an addition and a division, and the exponential's.
+    "sigmoid": (torch.sigmoid, 2.5),
+    # The polynomial's 1.6, and the exponential's, which is no larger in the result.
+    "softplus": (lambda x: (-x.abs()).exp().log1p(), 2.7),
+}
+
+
+def test_logistic_functions_are_right_to_their_stated_ulp():
+    x = torch.cat([torch.linspace(-105, 105, 100_001), torch.linspace(-2, 2, 100_001)])
+
+    def step(rows, x):
+        new = torch.stack([function(x) for function, _ in BELOW.values()])
+        return new, new[0].sum(), torch.isnan(x).all()
+
+    rows = torch.zeros(len(BELOW), len(x))
+    native = NativeStep(step, [rows], [x])
+    native.run(1)
+    for (name, (function, slack)), got in zip(BELOW.items(), rows.double(), strict=True):
+        exact = function(x.double())
+        least = torch.tensor(2.0**-126, dtype=torch.float64)
+        ulp = torch.exp2(torch.maximum(exact, least).log2().floor() - 23)
+        worst = ((got - exact) / ulp).abs().max()
+        assert worst < slack, f"{name}: {worst}"
+    # A NaN is one whatever its lower bits hold, which the exponential's arithmetic on bits meets.
+    x.view(torch.int32)[:4] = torch.tensor([0x7FC00001, 0x7FC000FF, -0x3FFFFF, 0x7FFFFFFF])
+    native.run(1)
+    assert rows[:, :4].isnan().all()
+    assert not rows[:, 4:].isnan().any()

@@ -46,7 +46,7 @@ def test_one_matrix_with_many_vectors_is_one_product_each_way(model, particles):
     slope, loss, _ = step(w)
     native = NativeStep(step, [w])
     body = native.source.split('extern "C"')[1]
-    calls = re.findall(r"matrix_(?:matrix|vector)<\w+>\(", body)
+    calls = re.findall(r"matrix_(?:matrix|vector|narrow)<[\w, ]+>\(", body)
     assert len(calls) == 2
     assert "for (int64_t b" not in body
     # Neither the matrix nor its transpose is copied, expanded or not: one constant, read twice.
@@ -100,3 +100,111 @@ def test_batches():
     (got,) = NativeStep(step, [x], [y, z]).run(1)
     torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(x, slope, rtol=1e-12, atol=1e-12)
+
+
+SHAPES = [(5000, 1), (1400, 3), (700, 7), (520, 8), (517, 12), (300, 20), (203, 37), (101, 64)]
+SHAPES += [(129, 65), (7, 600), (4, 2100)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_with_a_vector_of_every_width(dtype):
+    """Rows that fill registers, leave some lanes, or are shorter than one; both directions."""
+    matrices = [torch.linspace(-40, 40, m * k, dtype=dtype).reshape(m, k).sin() for m, k in SHAPES]
+    matrices[5][4, 11], matrices[6][2, 30] = torch.inf, torch.nan  # in lanes that are read twice
+
+    def step(out, *matrices):
+        rows = [x @ torch.linspace(1, 2, x.shape[1], dtype=dtype) for x in matrices]
+        columns = [torch.linspace(1, 2, x.shape[0], dtype=dtype) @ x for x in matrices]
+        new = torch.cat([*rows, *columns])
+        return new, new[0], NEVER
+
+    out = torch.zeros(sum(m + k for m, k in SHAPES), dtype=dtype)
+    native = NativeStep(step, [out], matrices)
+    body = native.source.split('extern "C"')[1]
+    assert body.count("matrix_vector<") + body.count("matrix_narrow<") == 2 * len(SHAPES)
+    assert body.count("matrix_narrow<") >= 4
+    native.run(1)
+    wide = [x.double() for x in matrices]
+    weights = [[torch.linspace(1, 2, n, dtype=dtype).double() for n in x.shape] for x in wide]
+    exact = [x @ w for x, (_, w) in zip(wide, weights, strict=True)]
+    exact += [w @ x for x, (w, _) in zip(wide, weights, strict=True)]
+    size = torch.cat([x.abs() @ w for x, (_, w) in zip(wide, weights, strict=True)])
+    size = torch.cat(
+        [size, *(w @ x.abs() for x, (w, _) in zip(wide, weights, strict=True))]
+    ).nan_to_num(0, 0)
+    expected = torch.cat(exact)
+    finite = expected.isfinite()
+    # The sums of a vector register's lanes, each of at most 5000 / 8 terms, then of the lanes: an
+    # ulp of the sum of absolute values per addition at worst, and far less as they average out.
+    slack = 30 * torch.finfo(dtype).eps * size
+    assert ((out - expected).abs() <= slack)[finite].all()
+    assert out[~finite].tolist() == pytest.approx(expected[~finite].tolist(), nan_ok=True)
+
+
+def test_a_gathered_minibatch_is_copied_once():
+    """The encoder's product and its gradient read the same rows."""
+    data = torch.linspace(-1, 1, 500 * 40, dtype=torch.float64).reshape(500, 40).sin()
+    rows = torch.arange(0, 500, 8)
+    w = torch.linspace(-1, 1, 40 * 30, dtype=torch.float64).reshape(40, 30).cos()
+
+    def loss(w, data, rows):
+        return (data[rows] @ w).tanh().sum()
+
+    step = gradient(loss)
+    slope, value, _ = step(w, data, rows)
+    native = NativeStep(step, [w], [data, rows])
+    assert native.source.split('extern "C"')[1].count("matrix_matrix<") == 2
+    minibatch = len(rows) * 40 * 8
+    assert native.arena_bytes < 2 * minibatch + 4 * w.nbytes
+    (got,) = native.run(1)
+    torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(w, slope, rtol=1e-12, atol=1e-12)
+
+
+# What a step makes of the gradients of two weights that lie in one vector, beside putting them
+# together, and how many of the two products may be written there at once.
+ASIDE = {
+    "nothing": (lambda first, second: first.new_zeros(()), 2),
+    "a norm of one": (lambda first, second: first.square().sum(), 1),
+    "a product with one": (lambda first, second: (first @ first.t()).sum(), 1),
+}
+
+
+@pytest.mark.parametrize("name", ASIDE)
+def test_gradients_of_weights_are_written_into_the_flat_vector(name):
+    aside, landed = ASIDE[name]
+    flat = torch.linspace(-0.5, 0.5, 5 + 40 * 30 + 30 * 20, dtype=torch.float64).sin()
+    data = torch.linspace(-1, 1, 64 * 40, dtype=torch.float64).reshape(64, 40)
+
+    def step(flat, data):
+        first = flat[5:1205].view(40, 30).detach().requires_grad_()
+        second = flat[1205:].view(30, 20).detach().requires_grad_()
+        loss = ((data @ first).tanh() @ second).tanh().square().sum()
+        slopes = torch.autograd.grad(loss, [first, second])
+        whole = torch.cat([flat[:5] * 0, *(x.reshape(-1) for x in slopes)])
+        return flat - 0.1 * whole, loss.detach() + aside(*slopes), NEVER
+
+    new, value, _ = step(flat, data)
+    native = NativeStep(step, [flat], [data])
+    targets = re.findall(r", \(a\d+ \+ (\d+)\)\);", native.source)
+    assert len(targets) == landed
+    assert set(targets) <= {"5", "1205"}
+    (got,) = native.run(1)
+    torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(flat, new, rtol=1e-12, atol=1e-12)
+
+
+def test_results_lie_so_that_few_tiles_stick_out():
+    """BLAS computes tiles of 16 by 4: 50 columns are padded to 64, but 16 rows are whole."""
+
+    def step(out, x, w):
+        new = (w @ x).tanh() + out
+        return new, new.sum(), NEVER
+
+    out, w = torch.zeros(16, 50), torch.linspace(-1, 1, 16 * 90).reshape(16, 90).sin()
+    x = torch.linspace(-1, 1, 90 * 50).reshape(90, 50).cos()
+    expected = (w.double() @ x.double()).tanh()
+    native = NativeStep(step, [out], [x, w])
+    assert "blas[0], 50, 16, 90," in native.source
+    native.run(1)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
