@@ -244,6 +244,7 @@ def _about(document: dict[str, Any]) -> str:
     quick = " (a quick run)" if settings.get("quick") else ""
     if "started" in settings:
         quick += f", {settings['started'][:10]}"
+    runs = _runs(settings.get("merged", []))
     fits = (
         "*Fits* in seconds from the start of the process to the end, fastsvi's and then NumPyro's, "
         "with all caches of compiled code empty (cold) or kept (warm; the cold time where a "
@@ -254,8 +255,19 @@ def _about(document: dict[str, Any]) -> str:
         f"{fits if has_fits(document) else ''}A ratio in bold is lost. A time counts only if the "
         f"fit is right: its guide's ELBO, or its losses, are those of the others. {where}, load "
         f"{machine['load']} at the start{quick}; python "
-        f"{machine['python']}, {versions}; commit {machine['commit']}."
+        f"{machine['python']}, {versions}; commit {machine['commit']}.{runs}"
     )
+
+
+def _runs(merged: list[dict[str, Any]]) -> str:
+    """Which rows were measured when, where a document holds those of several runs."""
+    runs = [
+        f"{', '.join(LABELS[name] for name in run['libraries'])}: {run['repeats']} "
+        f"repeat{'s' if run['repeats'] > 1 else ''}, {run['started'][:16].replace('T', ' ')} UTC, "
+        f"commit {run['commit']}"
+        for run in merged
+    ]
+    return f" Of {len(runs)} runs. {'; '.join(runs)}." if runs else ""
 
 
 def _kernel_table(document: dict[str, Any]) -> str:
