@@ -15,8 +15,8 @@ from saved_fits import DATA, EAGER, assert_same, contents, fresh, guide, model
 import fastsvi as pyro
 from fastsvi.errors import CheckpointError
 from fastsvi.infer import SVI, Trace_ELBO
-from fastsvi.infer.runner import Runner
 from fastsvi.infer.autoguide import AutoNormal
+from fastsvi.infer.runner import Runner
 from fastsvi.params import checkpoint
 
 
