@@ -51,7 +51,7 @@ _WRITE_BACK: dict[Any, Callable[..., Tensor]] = {
 
 
 # Tensors of so many elements, and all that is made of them, are recorded without their values.
-_LARGE = 1 << 20
+_LARGE = 1 << 19
 
 
 class _Recorder(TorchDispatchMode):

@@ -35,7 +35,7 @@ _SCALE_MAPS: dict[Any, ScaleMap] = {
 
 
 # Of sites with so many elements the prototype keeps the shape of the initial value only.
-_MANY = 1 << 20
+_MANY = 1 << 19
 
 
 class AutoNormal(AutoGuide):

@@ -28,7 +28,7 @@ from fastsvi.infer.util import checking, is_finite
 # An ELBO may be shared between fits; it remembers what it found out about so many of them.
 _MAX_PROGRAMS = 8
 # Draws of so many elements fill the time of their operations: more at once only take memory.
-_MANY_ELEMENTS = 1 << 20
+_MANY_ELEMENTS = 1 << 19
 
 
 class ELBOModule(torch.nn.Module):
