@@ -5,12 +5,14 @@
 #   bash ci/gpu.sh cuda steps scaling   # some parts, which share that time
 #   bash ci/gpu.sh cpu                  # tries the script itself: small sizes, nothing is kept
 #
-# Parts: tests, kernels, steps, scaling, and "compiled", which is steps of torch.compile and is
-# left out where no part is named. LIMIT=seconds gives another time in all.
+# Parts: tests, kernels, steps, scaling, and three that are left out where no part is named:
+# "compiled", which is steps of torch.compile, "forms", which is our own steps in each form that they
+# can take (FASTSVI_CUDA_STEPS), and "sanitizer", which has NVIDIA's look for races and stray memory
+# in generated kernels. LIMIT=seconds gives another time in all.
 #
-# Figures go to $OUT/<gpu>-{kernels,steps,scaling,compiled}.json, to bench/results without OUT, and
-# are written after every row: what is stopped by its time limit loses nothing. Nothing is installed
-# or downloaded. Needed: torch, triton, numpy, safetensors, tqdm, pytest, pytest-timeout, hypothesis
+# Figures go to $OUT/<gpu>-{kernels,steps,scaling,compiled,block,...}.json, to bench/results without
+# OUT, and are written after every row: what is stopped by its time limit loses nothing. Nothing is
+# installed or downloaded. Needed: torch, triton, numpy, safetensors, tqdm, pytest, pytest-timeout, hypothesis
 # and scipy; NumPyro is compared with, and pytest-xdist used, if it is there.
 #
 # By the device tool of this workplace (30 minutes in all, 10 for a call; a machine stays warm for
@@ -63,7 +65,7 @@ else
 fi
 
 export XLA_PYTHON_CLIENT_PREALLOCATE=false  # or JAX takes most of the memory at once
-declare -A weight=([tests]=150 [kernels]=130 [steps]=220 [scaling]=70 [compiled]=150)
+declare -A weight=([tests]=150 [kernels]=130 [steps]=220 [scaling]=70 [compiled]=150 [forms]=150 [sanitizer]=150)
 sum=0
 for part in $parts; do sum=$((sum + ${weight[$part]:?unknown part})); done
 
@@ -76,7 +78,8 @@ for part in $parts; do
     tests)
         run=(python3 -m pytest -q -p no:cacheprovider -p no:benchmark -W default --tb=short
             --continue-on-collection-errors "${tests[@]}" tests/engine/test_launches.py
-            tests/infer/test_graphed.py tests/infer/test_graphed_kernels.py)
+            tests/infer/test_graphed.py tests/infer/test_graphed_kernels.py
+            tests/engine/cuda/test_forms.py tests/engine/cuda/test_nvrtc.py)
         if [ "$device" = cuda ]; then
             run+=(tests/params/test_cuda.py tests/infer/test_bad_calls.py tests/kernels)
         fi
@@ -92,6 +95,19 @@ for part in $parts; do
     compiled)
         run=(python3 -m bench.step --device "$device" --budget "$soft" "${steps[@]}"
             --libraries fastsvi torch-compiled --json "$results/$name-compiled.json")
+        ;;
+    forms)
+        each=(python3 -m bench.step --device "$device" --budget $((soft / 3)) "${steps[@]}"
+            --libraries fastsvi --json)
+        run=(bash -c 'for form in block kernels graph; do
+            echo "-- $form"; FASTSVI_CUDA_STEPS=$form "${@:2}" "$1-$form.json"; done'
+            forms "$results/$name" "${each[@]}")
+        ;;
+    sanitizer)
+        run=(bash -c 'for tool in memcheck racecheck; do
+            echo "-- $tool"; compute-sanitizer --tool "$tool" --error-exitcode 9 "$@" || exit; done'
+            sanitizer python3 -m pytest -q -x -p no:cacheprovider -W default --tb=short
+            tests/engine/cuda/test_forms.py -k "equals_eager and (schools or minibatch or rounds)")
         ;;
     scaling)
         run=(python3 -m bench.scaling --device "$device" --budget $((soft / ${#curves[@]}))

@@ -13,10 +13,22 @@ cost more than the step:
     every step, as ``pyro.enable_validation(True)`` asks for.
 ``"never"``
     not at all.
+
+``cuda_steps`` chooses how compiled steps run on a GPU, for tests and comparisons; it begins with
+what ``FASTSVI_CUDA_STEPS`` says in the environment:
+
+``"auto"`` (default)
+    as generated kernels if they can be generated, else as a graph of torch's own.
+``"block"``, ``"kernels"``
+    in this form of generated kernels: one for all, with a thread block for each fit, or several
+    that are each spread over the device. A step that has no such form is taken eagerly.
+``"graph"``
+    as a graph of torch's own kernels.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -25,6 +37,7 @@ from typing import Any, Literal
 from fastsvi.errors import FastSVIError
 
 Validate = Literal["first", "always", "never"]
+CudaSteps = Literal["auto", "block", "kernels", "graph"]
 
 
 class SettingError(FastSVIError, ValueError):
@@ -35,11 +48,13 @@ class SettingError(FastSVIError, ValueError):
 class _Settings:
     module_local_params: bool = False
     validate: Validate = "first"
+    cuda_steps: CudaSteps = "auto"
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "module_local_params": (False, True),
     "validate": ("first", "always", "never"),
+    "cuda_steps": ("auto", "block", "kernels", "graph"),
 }
 _current = _Settings()
 
@@ -85,3 +100,7 @@ def context(**values: Any) -> Iterator[None]:
 def _require_known(name: str) -> None:
     if name not in _CHOICES:
         raise SettingError(f"unknown setting {name!r}; the known ones are {sorted(_CHOICES)}")
+
+
+if "FASTSVI_CUDA_STEPS" in os.environ:
+    set(cuda_steps=os.environ["FASTSVI_CUDA_STEPS"])

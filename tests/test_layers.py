@@ -7,6 +7,7 @@ upwards is still a dependency upwards); those under ``if TYPE_CHECKING:`` do not
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -55,10 +56,16 @@ MODULES = modules()
 STDLIB = set(sys.stdlib_module_names)
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
+@functools.cache
 def imports(name: str, *, top_level_only: bool = False) -> set[str]:
     """Names of the modules that module ``name`` imports, as absolute dotted names."""
     path = MODULES[name]
@@ -83,7 +90,7 @@ def imports(name: str, *, top_level_only: bool = False) -> set[str]:
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(ast.parse(path.read_text()))
+    visit(tree(path))
     return found
 
 
@@ -143,7 +150,7 @@ def test_files_are_short_and_clean(name):
     path = MODULES[name]
     lines = path.read_text().splitlines()
     assert len(lines) <= MAX_LINES, f"{path} has {len(lines)} lines; one concept per file"
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         where = f"{path}:{getattr(node, 'lineno', 0)}"
         assert not isinstance(node, ast.Assert), f"bare assert at {where}: raise a typed error"
         if isinstance(node, ast.ExceptHandler):

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 # Wanted by few programs, or slow to import: each is imported by the function that needs it.
 SELDOM = [
     "fastsvi.cli",
@@ -23,13 +25,17 @@ SELDOM = [
 ]
 
 
-def output_of(program: str) -> str:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+def checked(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_what_few_programs_need_is_not_imported():
+@pytest.fixture
+def output_of(fresh_python):
+    return lambda program: checked(fresh_python(program))
+
+
+def test_what_few_programs_need_is_not_imported(output_of):
     found = output_of(
         "import json, sys, torch; before = set(sys.modules)\n"
         "import fastsvi, fastsvi.distributions, fastsvi.optim, fastsvi.infer.autoguide\n"
@@ -38,12 +44,12 @@ def test_what_few_programs_need_is_not_imported():
     assert not set(json.loads(found)).intersection(SELDOM)
 
 
-def test_what_is_imported_late_is_there():
+def test_what_is_imported_late_is_there(output_of):
     assert "function profile" in output_of("from fastsvi.infer import profile; print(profile)")
     assert "function profile" in output_of("import fastsvi.infer as i; print(i.profile)")
 
 
-def test_the_import_leaves_the_garbage_collector_as_it_was():
+def test_the_import_leaves_the_garbage_collector_as_it_was(output_of):
     state = "print(gc.isenabled(), gc.get_freeze_count() > 0)"
     assert output_of(f"import gc, fastsvi; {state}") == "True False\n"
     assert output_of(f"import gc; gc.disable(); import fastsvi; {state}") == "False False\n"
@@ -51,9 +57,11 @@ def test_the_import_leaves_the_garbage_collector_as_it_was():
 
 
 def test_the_import_makes_no_long_collection():
-    found = output_of(
+    # In a process that has collected nothing for other programs before.
+    program = (
         "import gc, torch; made = []\n"
         "gc.callbacks.append(lambda phase, about: made.append(about['generation']))\n"
         "import fastsvi; print(max(made, default=0), gc.get_count()[1:])"
     )
-    assert found == "0 (0, 0)\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert checked(done) == "0 (0, 0)\n"

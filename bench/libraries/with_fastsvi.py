@@ -55,7 +55,14 @@ class FastSVIFit:
     @property
     def note(self) -> str | None:
         obstacle = getattr(self.result, "obstacle", None)
-        return f"eager: {obstacle}" if obstacle and self.compile is not False else None
+        if self.compile is False:
+            return None
+        if obstacle:
+            return f"eager: {obstacle}"
+        steps = self.svi._fits or self.svi._captures
+        if steps.form in (None, "native"):
+            return None
+        return f"as {steps.form}" + (f": {steps.passed_over}" if steps.passed_over else "")
 
     def step(self) -> None:
         if self.case.workload.fits:

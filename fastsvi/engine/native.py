@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastsvi.engine.graph import Graph
-from fastsvi.engine.loops import blas, build
+from fastsvi.engine.loops import blas, build, team
 from fastsvi.engine.loops.emit import emit
 from fastsvi.engine.loops.lower import Program
 from fastsvi.engine.loops.memory import ALIGNMENT
+from fastsvi.engine.loops.prelude_team import TEAM
 from fastsvi.engine.loops.schedule import schedule
 from fastsvi.engine.record import Aliases, record
 from fastsvi.errors import CaptureError
@@ -30,8 +31,10 @@ class NativeStep:
     they lie, but numbers and whatever was computed from constants are frozen. ``graph.is_current``
     says whether any has been written to since.
 
-    Calls of :meth:`run` in several threads run at the same time, each in working memory of its
-    own, as long as they are given different states.
+    Large loops and products are divided among ``torch.get_num_threads()`` threads; results have the
+    same bits for any number of them. Calls of :meth:`run` in several threads run at the same time,
+    each in working memory of its own, as long as they are given different states; the team of
+    threads serves one of them at a time.
 
     Args:
         step: a pure function; every new state has the shape and dtype of the old.
@@ -81,6 +84,7 @@ class NativeStep:
         self._form = [(x.shape, x.dtype) for x in self._tensors]
         self._standing = (ctypes.c_int64 * (len(self._tensors) + 1))()  # no input is stepped
         self._loss = graph.outputs[-2]
+        self._is_divided = TEAM in self.source
         self._library: ctypes.CDLL | None = None
 
     def _check(self, graph: Graph) -> None:
@@ -105,6 +109,8 @@ class NativeStep:
         """Compile, or find the compiled form; may run in a thread of its own."""
         if self._library is None:
             self._library = build.load(build.compile_source(self.source))
+            if self._is_divided and torch.get_num_threads() > 1:
+                team.share()
 
     def run(
         self,
@@ -148,6 +154,8 @@ class NativeStep:
             for position in stepped:
                 row = given[position]
                 strides[count + position] = row.stride(0) * row.element_size()
+        threads = torch.get_num_threads() if self._is_divided else 1
+        share = team.share() if threads > 1 else None
         losses = torch.empty((num_steps, *self._loss.shape), dtype=self._loss.dtype)
         try:
             arena = self._arenas.pop()
@@ -162,6 +170,8 @@ class NativeStep:
             num_steps,
             stop if stop is not None else _NEVER,
             blas.pointers(),
+            threads if share else 1,
+            share,
         )
         self._arenas.append(arena)
         torch.autograd.graph.increment_version(own)

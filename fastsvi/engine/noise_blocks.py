@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from fastsvi.engine.pages import trim_heap
 from fastsvi.kernels import philox
 
 
@@ -59,6 +60,7 @@ def in_pieces(
             there = origin + philox.make_origin(element=first, particle=particle)
             size = min(_PIECE, elements - first)
             result[:, :, particle, first : first + size] = draw(there, 1, size)[:, :, 0]
+    trim_heap()  # the pieces have left gaps, too small for what a wide step makes of the noise
     return result
 
 

@@ -28,7 +28,8 @@ def _libc() -> ctypes.CDLL | None:
 # Of mallopt. Glibc begins by mapping blocks from 128 KiB on apart; once a larger one was freed, up
 # to 32 MiB, only those that are larger still. With tensors of that size it soon gets there.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_APART, _USUAL = 1 << 20, 1 << 25
+_APART, _USUAL = 1 << 19, 1 << 25
+_are_apart = False
 
 
 @contextlib.contextmanager
@@ -38,17 +39,28 @@ def blocks_apart() -> Iterator[None]:
     In the heap they leave gaps, into which larger ones do not fit: operations on tensors of some
     megabytes then take two or three times their memory. Mapping costs time, so it is not for long.
     """
+    global _are_apart
     libc = _libc()
     if libc is None or "MALLOC_MMAP_THRESHOLD_" in os.environ or "GLIBC_TUNABLES" in os.environ:
         yield
         return
     libc.malloc_trim(0)
     libc.mallopt(_MMAP_THRESHOLD, _APART)
+    libc.mallopt(_TRIM_THRESHOLD, _APART)
+    _are_apart = True
     try:
         yield
     finally:
+        _are_apart = False
         libc.mallopt(_MMAP_THRESHOLD, _USUAL)
         libc.mallopt(_TRIM_THRESHOLD, 2 * _USUAL)
+        libc.malloc_trim(0)
+
+
+def trim_heap() -> None:
+    """Within :func:`blocks_apart`, give back what is free between the small blocks of the heap."""
+    libc = _libc()
+    if _are_apart and libc is not None:
         libc.malloc_trim(0)
 
 

@@ -1,14 +1,15 @@
 """The whole step of a fit in one piece: draw, model, gradient, update.
 
-On a CPU the pure step is recorded once and compiled, on a GPU it becomes a CUDA graph. Before it is
-used it takes one step on copies, beside an eager step with the same noise; the two must agree. A
-recorded step is recorded again now and then: the recordings differ if Python state outside of the
-tensors has changed.
+On a CPU the pure step is recorded once and compiled, on a GPU it becomes generated kernels, or a
+CUDA graph. Before it is used it takes one step on copies, beside an eager step with the same noise;
+the two must agree. A recorded step is recorded again now and then: the recordings differ if Python
+state outside of the tensors has changed.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,8 +21,9 @@ from fastsvi.engine.graph import Graph
 from fastsvi.engine.native import NativeStep
 from fastsvi.engine.pages import zero_pages
 from fastsvi.engine.record import record
-from fastsvi.errors import CaptureError
+from fastsvi.errors import CaptureError, FastSVIWarning
 from fastsvi.infer.arguments import Arguments
+from fastsvi.infer.device_steps import GENERATED, device_form, graph_form, record_generated
 from fastsvi.infer.graphed import GraphedLoop
 from fastsvi.infer.pure_step import PureStep
 from fastsvi.infer.util import checking
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 # Steps of eager and native form differ by rounding only: some hundred operations in a row, and
 # reductions in another order.
 _TOLERANCE = 1e-3
-_BLOCK = 1 << 20  # elements compared at once
+_BLOCK = 1 << 18  # elements compared at once
 # Time in steps between two looks at Python state, over the time that a look takes.
 LOOKS_APART = 20
 _REMEDY = "Pass what changes as an argument of the run, where a float may vary"
@@ -73,6 +75,10 @@ class CapturedStep:
         arguments: of the program.
         lifted: positions among their leaves of those that may vary.
 
+    Attributes:
+        form: "native", or on a GPU "block", "kernels" or "graph".
+        passed_over: why no kernels could be generated for a GPU; None if they could.
+
     Raises:
         CaptureError: the step cannot be captured; the message says why, and where in the program.
     """
@@ -82,22 +88,41 @@ class CapturedStep:
         self.lifted = frozenset(lifted)
         self.pure = PureStep(svi, arguments, sorted(lifted))
         self.is_checked = False
+        self.passed_over: str | None = None
+        self._distrusted: str | None = None  # what to say of kernels that did not agree
+        self.loop: Loop
         start = time.perf_counter()
-        self.loop, self.graph = self._loop(self.pure)
+        self.form, self.loop, self.graph, self.passed_over = self._in_form(self.pure)
         self._look_seconds = time.perf_counter() - start  # what a look at Python state costs
         self._seconds_since = 0.0  # in steps, since the latest look
 
-    def _loop(self, pure: PureStep) -> tuple[Loop, Graph | None]:
-        """The steps in the fast form of their device, and their recording if that has one."""
-        kind = pure.buffer.device.type
-        if kind == "cuda":
-            graphed = GraphedLoop(pure)
-            return graphed, graphed.graph
-        if kind != "cpu":
+    def _in_form(self, pure: PureStep) -> tuple[str, Loop, Graph, str | None]:
+        """The steps in the fast form of their device, and their recording."""
+        if pure.kind == "cuda":
+            return device_form(pure)
+        if pure.kind != "cpu":
             raise CaptureError(f"there is no fast form of steps on {pure.buffer.device}")
         with checking(False):
             native = NativeStep(pure, pure.state, pure.inputs, pure.aliases)
-        return native, native.graph
+        return "native", native, native.graph, None
+
+    def build(self) -> None:
+        """Make the fast form ready.
+
+        Raises:
+            CaptureError: it cannot be made.
+        """
+        try:
+            self.loop.build()
+        except CaptureError as error:
+            self._fall_back(error)
+
+    def _fall_back(self, error: CaptureError) -> None:
+        """Launch the steps as they were recorded, for generated kernels raised this error."""
+        if self.form not in GENERATED or settings.get("cuda_steps") != "auto":
+            raise error
+        self.form, self.loop, self.graph, self.passed_over = graph_form(self.pure, str(error))
+        self.loop.build()
 
     # ------------------------------------------------------------------------------- is it right
 
@@ -111,19 +136,40 @@ class CapturedStep:
             arguments.has_form_of(self.arguments)
             and self.lifted.issuperset(arguments.differing(self.arguments))
             and self.pure.lifted.accept(arguments)
-            and (self.graph is None or self.graph.is_current())
+            and self.graph.is_current()
         )
 
     def check(self, arguments: Arguments, take_step: Callable[[], Tensor]) -> Tensor:
         """Take one step natively, on copies, and one eagerly; returns the loss of the latter.
 
+        Generated kernels that do not agree give way to the steps as they were recorded, which are
+        then yet to be checked.
+
         Raises:
             Disagreement: with the loss of the eager step, which has been taken.
         """
-        loss = compare(self.pure, arguments, self._take_one, take_step)
+        try:
+            loss = compare(self.pure, arguments, self._take_one, take_step)
+        except Disagreement as error:
+            return self._distrust(error)
+        except CaptureError as error:  # nothing was launched, nor an eager step taken
+            self._fall_back(error)
+            return self.check(arguments, take_step)
         self.pure.let_go_of_gradient()
         self.is_checked = True
+        if self._distrusted is not None:  # where the graph agrees, the kernels were at fault
+            message, self._distrusted = self._distrusted, None
+            warnings.warn(message, FastSVIWarning, stacklevel=7)
         return loss
+
+    def _distrust(self, found: Disagreement) -> Tensor:
+        message = f"SVI.run: generated kernels (form {self.form!r}) are not used, because {found}"
+        try:
+            self._fall_back(found)
+        except CaptureError as error:
+            raise Disagreement(found.loss, str(error)) from found
+        self._distrusted = message
+        return found.loss
 
     def release(self) -> None:
         """Let go of the working memory of steps, where it is large."""
@@ -153,20 +199,21 @@ class CapturedStep:
     def difference(self) -> str | None:
         """The first statement that would be recorded otherwise now; None if there is none."""
         start, self._seconds_since = time.perf_counter(), 0.0
-        if self.graph is None:
-            return None
         try:
-            if isinstance(self.loop, GraphedLoop):
-                anew = self.loop.record()
-            else:
-                with checking(False):
-                    inputs = [*self.pure.state, *self.pure.inputs]
-                    anew = record(self.pure, inputs, self.pure.aliases)
+            anew = self._record()
         except CaptureError as error:
             return str(error)
         difference = self.graph.difference(anew)
         self._look_seconds = time.perf_counter() - start
         return difference
+
+    def _record(self) -> Graph:
+        if isinstance(self.loop, GraphedLoop):
+            return self.loop.record()
+        if self.form in GENERATED:
+            return record_generated(self.pure)
+        with checking(False):
+            return record(self.pure, [*self.pure.state, *self.pure.inputs], self.pure.aliases)
 
     # ----------------------------------------------------------------------------------- running
 
@@ -257,7 +304,7 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
     if one.numel() != other.numel():
         return torch.tensor(torch.inf)
     blocks = (x.reshape(-1).split(_BLOCK) for x in (one, other))
-    return torch.stack([(a - b).abs().max() for a, b in zip(*blocks, strict=True)]).max()
+    return torch.stack([(a - b).abs_().max() for a, b in zip(*blocks, strict=True)]).max()
 
 
 def changed_outside(difference: str) -> str:

@@ -73,6 +73,16 @@ class Captures:
         self._steps.append(step)
         return step
 
+    @property
+    def form(self) -> str | None:
+        """Of the step that was captured last; see :class:`CapturedStep`. None if there is none."""
+        return self._steps[-1].form if self._steps else None
+
+    @property
+    def passed_over(self) -> str | None:
+        """Why the step that was captured last is not made of generated kernels, on a GPU."""
+        return self._steps[-1].passed_over if self._steps else None
+
     def forget(self, step: CapturedStep) -> None:
         """Use a step no more."""
         self._steps = [kept for kept in self._steps if kept is not step]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastsvi.engine.graph_loop import to_device
 from fastsvi.engine.native_fits import NativeFits
 from fastsvi.errors import CaptureError, CheckpointError, ConstraintError, FastSVIWarning
 from fastsvi.infer.captured import changed_outside
@@ -28,6 +29,7 @@ from fastsvi.infer.pure_step import PureStep
 from fastsvi.poutine.runtime import PARAM_STORE
 
 if TYPE_CHECKING:
+    from fastsvi.engine.cuda.block_fits import BlockFits
     from fastsvi.infer.svi import SVI
 
 # A fit whose steps fail so many times in a row is not run any more.
@@ -195,16 +197,19 @@ class Fits:
             step = self._look(step, data)
         step.pure.plan.refresh()
         self._state[-1][:, 1] = self._step
+        device = self._state[0].device
         losses = torch.full(
-            (self.num_fits, num_steps), torch.nan, dtype=step.loss_dtype, device="cpu"
+            (self.num_fits, num_steps), torch.nan, dtype=step.loss_dtype, device=device
         )
         start = time.perf_counter()
         given = list(batches) or [data]
-        if step.is_native:
-            self._run_native(step.native_fits(self._state, given), losses)
-        else:
-            losses = losses.to(step.pure.buffer.device)
+        compiled = step.compiled_fits(self._state, given) if step.is_native else None
+        if compiled is None:
             self._run_replayed(step, given, losses)
+        elif isinstance(compiled, NativeFits):
+            self._run_native(compiled, losses)
+        else:
+            self._run_blocks(compiled, losses)
         step.has_run(time.perf_counter() - start)
         self._step += num_steps
         return losses.T
@@ -270,6 +275,22 @@ class Fits:
                 failed[fit] = 0 if taken else failed[fit]
                 done += taken
 
+    def _run_blocks(self, blocks: BlockFits, losses: Tensor) -> None:
+        """The steps of all fits at once, of which those that are not finite are left out."""
+        fits = None if bool(self.active.all()) else self.active.nonzero().flatten()
+        found, left_out = blocks.run(losses.shape[1], fits)
+        found = torch.where(left_out, torch.nan, found)
+        if fits is None:
+            losses.copy_(found)
+        else:
+            losses[to_device(fits, losses.device)] = found
+        self._count_failures(losses)
+        over = (self._failed_in_a_row - _HOPELESS).clamp(min=0)
+        if bool(over.any()):  # steps that were taken because many are taken at once
+            self._failed_in_a_row -= over
+            self._state[-2] -= to_device(over, losses.device)
+        self.active &= ~self.hopeless
+
     def _run_replayed(self, step: FitsStep, given: Sequence[FitData], losses: Tensor) -> None:
         stopped = (~self.active).nonzero().flatten().to(losses.device)
         kept = [tensor[stopped].clone() for tensor in self._state] if len(stopped) else []
@@ -281,10 +302,15 @@ class Fits:
             tensor[stopped] = rows
         if len(stopped):
             losses[stopped] = torch.nan
+        self._count_failures(losses)
+
+    def _count_failures(self, losses: Tensor) -> None:
+        """Note how many steps of each fit failed in a row up to now: the one look at a device."""
         places = torch.arange(1, losses.shape[1] + 1, device=losses.device)
-        latest = (losses.isfinite() * places).amax(1).cpu()  # the one look at the device
+        latest = (losses.isfinite() * places).amax(1).cpu()
         before = torch.where(latest > 0, 0, self._failed_in_a_row)
-        self._failed_in_a_row = before + losses.shape[1] - latest
+        after = before + losses.shape[1] - latest
+        self._failed_in_a_row = torch.where(self.active, after, self._failed_in_a_row)
 
     # ------------------------------------------------------------------------------------ results
 
@@ -295,8 +321,18 @@ class Fits:
 
     @property
     def is_native(self) -> bool:
-        """Whether steps run as native loops, and are not replayed."""
+        """Whether steps run in compiled form, and are not replayed."""
         return self._current is not None and self._current.is_native
+
+    @property
+    def form(self) -> str | None:
+        """Of the latest steps: "native", "block" or "replay"; None before there are any."""
+        return None if self._current is None else self._current.form
+
+    @property
+    def passed_over(self) -> str | None:
+        """Why the latest steps are not a generated kernel, on a GPU."""
+        return None if self._current is None else self._current.passed_over
 
     @property
     def obstacle(self) -> str | None:

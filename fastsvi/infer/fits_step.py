@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastsvi.engine import cuda_graph
+from fastsvi import settings
 from fastsvi.engine.graph import Graph
 from fastsvi.engine.native import NativeStep
 from fastsvi.engine.native_fits import NativeFits
 from fastsvi.engine.record import record
 from fastsvi.engine.replay import ReplayStep, replay
-from fastsvi.errors import CaptureError
+from fastsvi.errors import CaptureError, FastSVIWarning
 from fastsvi.infer import captured
+from fastsvi.infer.device_steps import block_step, record_generated
 from fastsvi.infer.fit_data import FitData
+from fastsvi.infer.graphed_fits import GraphedFits
 from fastsvi.infer.pure_step import PureStep
 from fastsvi.infer.util import checking
 from fastsvi.kernels import dispatch
 
 if TYPE_CHECKING:
+    from fastsvi.engine.cuda.block_fits import BlockFits
+    from fastsvi.engine.cuda.block_step import BlockStep
     from fastsvi.infer.svi import SVI
 
 
@@ -34,11 +39,14 @@ class FitsStep:
     Args:
         svi: what is fitted.
         data: of all fits.
-        native: whether to compile it; else, and where that fails, it is replayed.
+        native: whether to compile it; else, and where that fails, it is replayed, on a GPU as a
+            CUDA graph.
 
     Attributes:
         pure: the step of one fit.
-        obstacle: why it is not native though it was to be; None if it is.
+        form: "native", "block" (a kernel for a GPU) or "replay".
+        obstacle: why it is not native though it was to be; None if it is, or if it is a graph.
+        passed_over: why no kernel could be generated for a GPU; None if one could.
         capture_seconds, compile_seconds: what capturing and compiling took.
 
     Raises:
@@ -51,16 +59,16 @@ class FitsStep:
         self._example = data.of(data.first_finite())
         self.asked_native = native
         self.obstacle: str | None = None
+        self.passed_over: str | None = None
         self.compile_seconds = 0.0
         start = time.perf_counter()
         self.pure = self._make_pure()
-        self._native = self._make_native() if native else None
-        self._graph = self._record() if self._native is None else self._native.graph
+        self._compiled = self._compile() if native else None
+        self._graph = self._record() if self._compiled is None else self._compiled.graph
+        self._replay = self._make_replay()
         self.capture_seconds = time.perf_counter() - start - self.compile_seconds
-        own = [True] * len(self.pure.state) + [False] * self._num_others + list(data.is_own)
-        self._replay = ReplayStep(self._graph, len(self.pure.state), own)
-        self._native_fits: Any = None  # the latest, with its state and its only batch
-        self._graphed: Any = None  # on a GPU: launch, inputs, and what a launch gives
+        self._fits: Any = None  # of the compiled step: the latest, with its state and only batch
+        self._graphed: GraphedFits | None = None  # on a GPU, of the replay
         self._look_seconds = self.capture_seconds
         self._seconds_since = 0.0  # in steps, since the latest look
 
@@ -74,30 +82,51 @@ class FitsStep:
             noise.step = step  # as if nothing had been drawn
         return PureStep(svi, example, self.data.lifted)
 
-    def _make_native(self) -> NativeStep | None:
+    def _compile(self) -> NativeStep | BlockStep | None:
+        """The step as native loops, or as a kernel; None if it is to be replayed."""
         pure = self.pure
-        if pure.buffer.device.type != "cpu":
-            return None
+        compiled: NativeStep | BlockStep
         try:
-            with checking(False):
-                native = NativeStep(pure, pure.state, pure.inputs, pure.aliases)
+            if pure.kind == "cpu":
+                with checking(False):
+                    compiled = NativeStep(pure, pure.state, pure.inputs, pure.aliases)
+            elif pure.kind == "cuda" and settings.get("cuda_steps") in ("auto", "block"):
+                compiled = block_step(pure)
+            else:
+                return None
             start = time.perf_counter()
-            native.build()
+            compiled.build()
             self.compile_seconds = time.perf_counter() - start
         except CaptureError as error:
-            self.obstacle = str(error)
+            if self._has_choice:
+                self.passed_over = str(error)
+            else:
+                self.obstacle = str(error)
             return None
-        return native
+        return compiled
+
+    @property
+    def _has_choice(self) -> bool:
+        """Whether a graph will do as well, for there is a GPU and nobody asked for kernels."""
+        return self.pure.kind == "cuda" and settings.get("cuda_steps") == "auto"
 
     def _record(self) -> Graph:
         pure = self.pure
         inputs = [*pure.state, *pure.inputs]
-        if self._native is not None:
+        if self.form == "block":
+            return record_generated(pure)
+        if self.form == "native":
             with checking(False):
                 return record(pure, inputs, pure.aliases)
+        if pure.kind == "cuda":
+            pure.refuse_rounds()
         # The reference is pure, Triton's Adam writes in place.
         with checking(False), dispatch.use("torch"):
             return record(pure, inputs, pure.aliases, decomposed=False)
+
+    def _make_replay(self) -> ReplayStep:
+        own = [True] * len(self.pure.state) + [False] * self._num_others + list(self.data.is_own)
+        return ReplayStep(self._graph, len(self.pure.state), own)
 
     @property
     def _num_others(self) -> int:
@@ -105,9 +134,16 @@ class FitsStep:
         return len(self.pure.inputs) - len(self.data.lifted)
 
     @property
+    def form(self) -> str:
+        """What it runs as."""
+        if self._compiled is None:
+            return "replay"
+        return "native" if isinstance(self._compiled, NativeStep) else "block"
+
+    @property
     def is_native(self) -> bool:
-        """Whether it runs as native loops, and is not replayed."""
-        return self._native is not None
+        """Whether it runs in compiled form, and is not replayed."""
+        return self._compiled is not None
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -123,17 +159,36 @@ class FitsStep:
     def check(self) -> None:
         """Compare a captured with an eager step of the example, and take both back.
 
+        A generated kernel that does not agree gives way to the replay.
+
         Raises:
             Disagreement: they differ.
         """
+        try:
+            self._compare()
+        except CaptureError as error:
+            if self.form != "block" or not self._has_choice:
+                raise
+            self._compiled, self.passed_over = None, str(error)
+            self._graph = self._record()
+            self._replay = self._make_replay()
+            self._compare()
+            if isinstance(error, captured.Disagreement):
+                warnings.warn(
+                    f"SVI.run: generated kernels are not used for these fits, because {error}",
+                    FastSVIWarning,
+                    stacklevel=8,
+                )
+
+    def _compare(self) -> None:
         pure = self.pure
         live = [*pure.state, *pure.plan.state]
         before = [tensor.clone() for tensor in live]
         noise_step = pure.noise_step
 
         def take(state: list[Tensor]) -> Tensor:
-            if self._native is not None:
-                return self._native.run(1, state=state)
+            if self._compiled is not None:
+                return self._compiled.run(1, state=state)
             outputs = replay(self._graph, [*state, *pure.inputs])
             for old, new in zip(state, outputs, strict=False):
                 old.copy_(new)
@@ -174,18 +229,26 @@ class FitsStep:
 
     # ----------------------------------------------------------------------------------- running
 
-    def native_fits(self, state: Sequence[Tensor], batches: Sequence[FitData]) -> NativeFits:
-        """The native step of all fits, with one batch for all steps or one for each."""
-        if self._native is None:
-            raise CaptureError("the step of these fits is not native")
-        known = self._native_fits
+    def compiled_fits(
+        self, state: Sequence[Tensor], batches: Sequence[FitData]
+    ) -> NativeFits | BlockFits:
+        """The compiled step of all fits, with one batch for all steps or one for each."""
+        known = self._fits
         if known is not None and known[0] is state and len(batches) == 1 and known[1] is batches[0]:
             return known[2]
         inputs, is_stepped = self._inputs(batches)
         is_own = [False] * self._num_others + list(self.data.is_own)
-        native = NativeFits(self._native, state, inputs, is_own, is_stepped)
-        self._native_fits = (state, batches[0], native) if len(batches) == 1 else None
-        return native
+        fits: NativeFits | BlockFits
+        if isinstance(self._compiled, NativeStep):
+            fits = NativeFits(self._compiled, state, inputs, is_own, is_stepped)
+        elif self._compiled is not None:
+            from fastsvi.engine.cuda.block_fits import BlockFits
+
+            fits = BlockFits(self._compiled, state, inputs, is_own, is_stepped)
+        else:
+            raise CaptureError("the step of these fits is not compiled")
+        self._fits = (state, batches[0], fits) if len(batches) == 1 else None
+        return fits
 
     def _inputs(self, batches: Sequence[FitData]) -> tuple[list[Tensor], list[bool]]:
         """Inputs of the step, and which have an axis of steps in front."""
@@ -215,67 +278,10 @@ class FitsStep:
             pairs = zip(inputs, is_stepped, strict=True)
             return [x[step] if stepped else x for x, stepped in pairs]
 
-        if self.pure.buffer.device.type != "cuda":
+        if self.pure.kind != "cuda":
             return lambda step: take(rows(step))
         if self._graphed is None or not self._graphed.serves(state, inputs, is_stepped):
-            self._graphed = _Graphed(take, state, inputs, is_stepped)
+            self._graphed = GraphedFits(take, state, inputs, is_stepped)
             self.obstacle = self._graphed.obstacle or self.obstacle
         graphed = self._graphed
         return lambda step: graphed.take(rows(step))
-
-
-class _Graphed:
-    """A step of all fits as a CUDA graph, or as it is where a graph cannot hold it."""
-
-    def __init__(
-        self,
-        take: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]],
-        state: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        is_stepped: Sequence[bool],
-    ) -> None:
-        self.obstacle: str | None = None
-        self._state, self._is_stepped = state, list(is_stepped)
-        pairs = zip(inputs, is_stepped, strict=True)
-        # What it reads. A number on the host would be read once, when the graph is captured.
-        device = state[0].device
-        self._held = [
-            x[0].to(device, copy=True) if stepped else x.to(device) for x, stepped in pairs
-        ]
-        outcome: list[Tensor] = []  # lies in the graph's memory
-
-        def launch() -> None:
-            outcome[:] = take(self._held)
-
-        self._launch: Callable[[], None] = launch
-        self._outcome = outcome
-        before = [tensor.clone() for tensor in state]
-        try:
-            with torch.cuda.device_of(before[0]):
-                self._launch = cuda_graph.capture(launch)
-        except RuntimeError as error:
-            cause = cuda_graph.reason(error)
-            self.obstacle = f"a CUDA graph cannot hold the step: {cause}"
-        finally:
-            for tensor, value in zip(state, before, strict=True):
-                tensor.copy_(value)
-
-    def serves(
-        self, state: Sequence[Tensor], inputs: Sequence[Tensor], is_stepped: Sequence[bool]
-    ) -> bool:
-        """Whether it reads these tensors, or such as are copied to where it does."""
-        pairs = zip(self._held, inputs, is_stepped, strict=True)
-        return (
-            state is self._state
-            and list(is_stepped) == self._is_stepped
-            and all(stepped or held is given for held, given, stepped in pairs)
-        )
-
-    def take(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """One step with these inputs."""
-        for held, given, stepped in zip(self._held, inputs, self._is_stepped, strict=True):
-            if stepped:
-                held.copy_(given)
-        self._launch()
-        loss, halts = self._outcome
-        return loss, halts

@@ -1,8 +1,8 @@
 """Memory: how much a run takes, how much there is, and how torch says that it ran out.
 
 On a CPU the peak of :meth:`SVI.run` for a wide model stays within a tenth of :func:`floor_bytes`,
-beyond the data and what the libraries themselves take: some ten megabytes for code that is loaded
-on first use. It counts
+beyond the data and the libraries. The first compiled step of a process adds 3 MB, however wide the
+model: parts of torch's libraries that nothing has called before. The floor counts
 
 - five numbers for each of the ``N`` parameters: the value, its gradient, two moments of Adam, and
   the copy that the run returns; where the particles are evaluated in chunks also the gradient of

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastsvi.engine.graph_loop import to_device
 from fastsvi.engine.noise import PROGRAM, SUBSETS, TRAINING, RecordedNoise
 from fastsvi.engine.pages import zero_pages
 from fastsvi.engine.rounds import round_number, sum_of_rounds
@@ -52,6 +53,7 @@ class PureStep:
     Attributes:
         state: the tensors that a step replaces, the live ones: buffer, moments, origin of noise.
         inputs: the other tensors that it is given.
+        kind: of the device, "cpu" or "cuda".
         generation: of the seed of the noise.
         aliases: parameters and their places in the buffer; see :func:`~fastsvi.engine.record`.
 
@@ -78,16 +80,11 @@ class PureStep:
             )
         (self.buffer,) = buffers.values()
         self.buffer.sync()
-        self._loops = self.buffer.device.type == "cpu"
-        is_sequential = program.is_sequential or not elbo.vectorize_particles
-        if is_sequential and elbo.num_particles > _MAX_UNROLLED and not self._loops:
-            raise CaptureError(
-                f"its {elbo.num_particles} particles run one after the other; "
-                "vectorize_particles=True runs them at once"
-            )
+        self.kind = kind_of(self.buffer.device)
+        self._is_sequential = program.is_sequential or not elbo.vectorize_particles
         self._size = elbo.chunk_size or elbo.num_particles  # particles at once
-        if is_sequential and self._loops and self._size > _UNROLLED:
-            self._size = 1
+        # Of these, how many in a round of a loop.
+        self._round = 1 if self._is_sequential and self._size > _UNROLLED else self._size
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.buffer.device)
         self._svi, self._optim = svi, svi.optim
         try:
@@ -112,13 +109,21 @@ class PureStep:
     def __call__(self, flat: Tensor, *rest: Tensor) -> list[Tensor]:
         """New state, loss, and whether the loss or the gradient is not finite.
 
-        The state is then the old one, but for the count of steps left out.
+        The state is then the old one, but for the count of steps left out; and for the counter of
+        the noise where nobody looks before the next step.
         """
         *moments, skipped, origin = rest[: len(self.state) - 1]
         keys = rest[len(self.state) - 1 :][: len(self._keys)]
         args, kwargs = self._arguments.with_leaves(self.lifted.replaced())
-        loss, grad = self._total(flat, keys, origin, args, kwargs, looped=self._loops)
-        if self._update.sees_all:
+        loss, grad = self._total(flat, keys, origin, args, kwargs, looped=True)
+        if self._update.sees_all and self.kind == "cuda":
+            # The update looks at the gradient. That pass is not to wait for the loss as well.
+            new = self._update(flat.detach(), grad, moments, skipped)
+            fine = torch.isfinite(loss)
+            before = [flat.detach(), *moments, skipped + 1]
+            new = [torch.where(fine, x, old) for x, old in zip(new, before, strict=True)]
+            halt = new[-1] != skipped
+        elif self._update.sees_all:
             # A loss that is not finite makes the gradient so, for which the update looks anyway.
             new = self._update(flat.detach(), grad + loss * 0, moments, skipped)
             halt = new[-1] != skipped
@@ -126,14 +131,20 @@ class PureStep:
             halt = ~(torch.isfinite(grad).all() & torch.isfinite(loss))
             grad = torch.where(halt, math.nan, grad)  # so that all parts of the update skip this
             new = self._update(flat.detach(), grad, moments, skipped)
-        origin = torch.where(halt, origin, origin + self._one_step)
-        return [*new, origin, loss, halt]
+        following = origin + self._one_step
+        if self.kind == "cpu":  # there a step that halts ends the run
+            following = torch.where(halt, origin, following)
+        return [*new, following, loss, halt]
 
     def loss_and_gradient(self, flat: Tensor, *rest: Tensor) -> list[Tensor]:
         """The loss, and the flat gradient in pieces, from the arguments of a call.
 
         For back ends whose update writes in place, by :meth:`update`.
+
+        Raises:
+            CaptureError: too many particles run one after the other.
         """
+        self.refuse_rounds()
         origin, *others = rest[len(self.state) - 2 :]
         args, kwargs = self._arguments.with_leaves(self.lifted.replaced())
         keys = others[: len(self._keys)]
@@ -141,6 +152,14 @@ class PureStep:
             return [*self._total(flat, keys, origin, args, kwargs, looped=False)]
         loss, surrogate, leaves = self._loss(keys, origin, args, kwargs)
         return [loss, *self._gradient_pieces(flat, surrogate, leaves)]
+
+    def refuse_rounds(self) -> None:
+        """Raise an error if the step has more rounds than can be done one after the other."""
+        if self._is_sequential and self._elbo.num_particles > _MAX_UNROLLED:
+            raise CaptureError(
+                f"its {self._elbo.num_particles} particles run one after the other; "
+                "vectorize_particles=True runs them at once"
+            )
 
     def update(self, loss: Tensor, pieces: list[Tensor]) -> None:
         """Update the live state in place, and count the step.
@@ -172,7 +191,7 @@ class PureStep:
 
         If ``looped``, chunks of one size are the rounds of a loop, which is recorded once.
         """
-        particles, size = self._elbo.num_particles, self._size
+        particles, size = self._elbo.num_particles, self._round if looped else self._size
         rounds = particles // size if looped and particles > size else 0
         totals = []
         if rounds:
@@ -314,13 +333,19 @@ class PureStep:
     def begin(self, arguments: Arguments) -> None:
         """Bring learning rates, the counter of the noise and lifted arguments up to date."""
         self.plan.refresh()
-        self.origin.copy_(philox.make_origin(step=self._noise.step))
+        origin = philox.make_origin(step=self._noise.step, device="cpu")
+        self.origin.copy_(to_device(origin, self.origin.device))
         self.lifted.hold(arguments)
 
     def advance(self, num_steps: int) -> None:
         """Note that so many steps were taken with this function's state."""
         self._noise.step += num_steps
         self.buffer.touch()
+
+
+def kind_of(device: torch.device) -> str:
+    """What kind of a device the steps are for: "cpu", "cuda", ..."""
+    return device.type
 
 
 def _fused_guide(program: Any) -> Any:

@@ -140,7 +140,8 @@ class Runner:
     def release(self) -> None:
         """Let go of what steps need and their result does not."""
         if self._step is not None:
-            self._step.release()
+            with self._large_apart():  # which ends with a look for memory to give back
+                self._step.release()
 
     def retire(self, fits: Tensor) -> None:
         """Of one fit there is none to leave out."""
@@ -253,7 +254,7 @@ class Runner:
         captured = time.perf_counter()
         self.capture_seconds += captured - start
         try:
-            step.loop.build()
+            step.build()
         except CaptureError:
             self.svi._captures.forget(step)
             raise

@@ -295,6 +295,7 @@ class SVI:
                 loss, particles = self._accumulate(args, kwargs, by_counter)
                 if read:
                     self._require_finite(loss, args, kwargs, particles)
+                del particles  # the latents' memory, for the update to use
                 self.optim(self._targets.leaves)
         finally:
             if undo.has_removed and self._program is not None:

@@ -147,9 +147,13 @@ def test_a_program_sees_the_same_numbers_eagerly_and_recorded():
             assert_all_equal(program(step_noise(5, step).of_particle(particle)), expected)
     clock = NoiseStream(Seed(5))
     noise = StepNoise(clock)
-    for step in range(300):  # across blocks
+    # Of the largest draw 11 steps are drawn at once, of the small ones 256.
+    near = {*range(25), *range(240, 300)}
+    for step in range(300):
         noise.begin()
-        assert_all_equal(program(noise.of_particle(0)), program(recorded(5, step).of_particle(0)))
+        drawn = program(noise.of_particle(0))
+        if step in near:
+            assert_all_equal(drawn, program(recorded(5, step).of_particle(0)))
         clock.advance()
 
 
@@ -204,7 +208,7 @@ def test_noise_may_be_changed_in_place():
 
 def test_what_is_kept_is_bounded():
     noise = step_noise(0, 0)
-    for particle in range(2000):
+    for particle in range(400):  # 64 KiB each, of which 256 fill the budget
         noise.of_particle(particle).normal((500,), torch.float32)
     assert noise._blocks._bytes <= noise._blocks._BUDGET
     clock = noise._clock

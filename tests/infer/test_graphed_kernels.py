@@ -20,6 +20,7 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 
 import fastsvi as pyro
 import fastsvi.distributions as dist
+from fastsvi import settings
 from fastsvi.distributions import constraints
 from fastsvi.infer import SVI, Trace_ELBO
 from fastsvi.infer.arguments import Arguments
@@ -179,7 +180,8 @@ def test_many_fits_draw_by_the_kernel_for_all_at_once(kernels):
         svi = SVI(regression, AutoNormal(regression), adam, Trace_ELBO(), seed=7, num_fits=2)
         targets = torch.stack([y, y + 1]).to(DEVICE)
         data = x.to(DEVICE), targets
-        return svi.run(STEPS, *data, fit_dims=(None, 0), progress_bar=False, compile=CUDA)
+        with settings.context(cuda_steps="graph"):
+            return svi.run(STEPS, *data, fit_dims=(None, 0), progress_bar=False, compile=CUDA)
 
     with dispatch.use("torch"):
         expected = fitted()

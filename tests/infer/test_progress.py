@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import subprocess
-import sys
 from contextlib import redirect_stderr
 
 import pytest
@@ -142,7 +140,7 @@ def test_a_run_shows_it(shown):
     assert f"ELBO {-run.losses.double().mean():.4g}" in shown.getvalue()
 
 
-def test_a_quiet_run_imports_no_tqdm():
+def test_a_quiet_run_imports_no_tqdm(fresh_python):
     script = """
 import sys, fastsvi, fastsvi.distributions as dist
 from fastsvi.infer import SVI, Trace_ELBO
@@ -153,5 +151,5 @@ svi = SVI(model, AutoNormal(model), fastsvi.optim.Adam({"lr": 0.1}), Trace_ELBO(
 svi.run(20, compile=False, progress_bar=False)
 sys.exit("tqdm.auto" in sys.modules)  # torch itself imports a part of tqdm
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = fresh_python(script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -201,9 +199,9 @@ SCRIPT = """
 
 
 @pytest.mark.slow
-def test_a_process_that_was_killed(path):
+def test_a_process_that_was_killed(path, fresh_python):
     script = textwrap.dedent(SCRIPT.format(folder=os.path.dirname(__file__), path=str(path)))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = fresh_python(script)
     assert done.returncode == -signal.SIGKILL, done.stderr
     _, header = checkpoint.read(path)
     assert 30 <= header["run"]["steps"] < 40

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -32,16 +29,6 @@ def triton_missing(monkeypatch):
 @pytest.fixture
 def triton_present(monkeypatch):
     monkeypatch.setattr(dispatch, "_have_triton", True)
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_cpu_tensors_take_torch():
@@ -142,28 +129,28 @@ def test_unknown_environment_is_reported_by_the_first_call(monkeypatch):
 class TestProcess:
     """What only a fresh process can show."""
 
-    def test_the_interpreter_can_be_asked_for_by_the_environment(self):
+    def test_the_interpreter_can_be_asked_for_by_the_environment(self, fresh_python):
         code = (
             "from fastsvi.kernels import philox\n"
             "print(philox.words(philox.derive_key(0, 0), philox.make_origin(), 1, 1, 3).tolist())"
         )
-        interpreted = run_python(code, FASTSVI_KERNELS="interpret", TRITON_INTERPRET="0")
+        interpreted = fresh_python(code, FASTSVI_KERNELS="interpret", TRITON_INTERPRET="0")
         words = philox.words(philox.derive_key(0, 0), philox.make_origin(), 1, 1, 3)
         assert interpreted.stdout.strip() == str(words.tolist())
 
-    def test_kernels_do_not_import_triton(self):
+    def test_kernels_do_not_import_triton(self, fresh_python):
         code = (
             "import sys, torch\n"
             "from fastsvi.kernels import dispatch, normal, philox, subsample\n"
             "dispatch.choose('op', torch.zeros(1))\n"
             "print([m for m in sys.modules if m.split('.')[0] == 'triton'])"
         )
-        assert run_python(code).stdout.strip() == "[]"
+        assert fresh_python(code).stdout.strip() == "[]"
 
-    def test_interpreter_after_triton_says_what_to_do(self):
+    def test_interpreter_after_triton_says_what_to_do(self, fresh_python):
         code = (
             "import torch, triton; from fastsvi.kernels import dispatch\n"
             "with dispatch.use('interpret'): dispatch.choose('op', torch.zeros(1))"
         )
-        done = run_python(code, TRITON_INTERPRET="0")
+        done = fresh_python(code, TRITON_INTERPRET="0")
         assert "set TRITON_INTERPRET=1" in done.stderr

@@ -91,16 +91,20 @@ def test_a_file_of_pyro_is_read(theirs, store, path):
     assert store.constraint("stack").cseq[1] is fc.softplus_positive
 
 
-def run(program):
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+@pytest.fixture
+def run(fresh_python):
+    """The words that a program prints in another process."""
+
+    def words(program):
+        done = fresh_python(program)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    return words
 
 
 @pytest.mark.slow
-def test_a_file_of_ours_is_read_by_pyro(store, path):
+def test_a_file_of_ours_is_read_by_pyro(store, path, run):
     for name, constraint in CONSTRAINTS.items():
         own = {"softplus_positive": fc.softplus_positive, "ordered_vector": fc.ordered_vector}
         store.setdefault(name, value_for(name), own.get(name, constraint))
@@ -123,7 +127,7 @@ print(len(pyro.get_param_store()))
 
 
 @pytest.mark.slow
-def test_pyro_need_not_be_installed_to_read(theirs, path):
+def test_pyro_need_not_be_installed_to_read(theirs, path, run):
     theirs.save(path)
     program = f"""
 import sys

@@ -15,7 +15,7 @@ from fastsvi.poutine.errors import PlateError
 from fastsvi.poutine.indep_messenger import CondIndepStackFrame, IndepMessenger
 from fastsvi.poutine.plate_messenger import block_plate
 from fastsvi.poutine.runtime import STACK, get_plates
-from fastsvi.poutine.subsample_messenger import draw_subset
+from fastsvi.poutine.subsample_messenger import draw_subset, is_full, stand_in
 
 
 def standard_normal():
@@ -151,6 +151,23 @@ def test_reused_plate_shares_its_indices():
     with plate as second:
         pass
     assert first is second
+
+
+def test_who_asks_for_indices_that_a_site_only_stands_for_gets_them():
+    def program():
+        with pyro.plate("data", 100) as indices:
+            return indices
+
+    class Substituting(poutine.messenger.Messenger):
+        def _pyro_sample(self, msg):
+            msg.value = stand_in(100)
+
+    with Substituting():
+        assert torch.equal(program(), torch.arange(100))
+        assert is_full(program())
+        traced = poutine.trace(program).get_trace().nodes["data"]["value"]
+    assert traced.shape == (100,)
+    assert traced.untyped_storage().nbytes() == 8
 
 
 def test_frames_compare_without_full_size():

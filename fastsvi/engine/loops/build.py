@@ -22,6 +22,8 @@ _COMPILE += ["-D__FAST_MATH__", "-std=c++17", "-fPIC"]
 # <math.h> is to be that of C, and to declare no more than is used here: the one of C++ takes longer
 # to parse than a small step to compile.
 _COMPILE += ["-nostdinc++", "-U_GNU_SOURCE", "-D_DEFAULT_SOURCE"]
+# Nothing is thrown; what would be prepared for that needs the library of C++.
+_COMPILE += ["-fno-exceptions"]
 # The rest of -O2 and -O3 of GCC makes compiling a third longer and steps no faster.
 _GCC = ["-O1", "-ftree-vectorize", "-fexpensive-optimizations"]
 _CLANG = ["-O3"]
@@ -114,7 +116,7 @@ def load(path: Path) -> ctypes.CDLL:
     library.run.argtypes = [
         *(ctypes.POINTER(pointer), ctypes.POINTER(number), ctypes.POINTER(pointer)),
         *(pointer, pointer, number),
-        *(ctypes.POINTER(ctypes.c_int), ctypes.POINTER(pointer)),
+        *(ctypes.POINTER(ctypes.c_int), ctypes.POINTER(pointer), number, pointer),
     ]
     library.run_many.restype = None
     library.run_many.argtypes = [

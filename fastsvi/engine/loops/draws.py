@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastsvi.engine.loops.ir import Value, of_array
+from fastsvi.engine.loops.index import Axis, Index
+from fastsvi.engine.loops.ir import CTYPES, Body, Expr, Indices, Value, of_array
 from fastsvi.kernels import subsample
 
 if TYPE_CHECKING:
     from fastsvi.engine.graph import Node
     from fastsvi.engine.loops.lower import Program
+
+
+# Rough operations that a number takes: of a counter that makes four of them, or one.
+_TOGETHER, _ALONE = 100.0, 300.0
 
 
 def _noise(kind: str) -> Callable[..., Value]:
@@ -27,6 +33,9 @@ def _noise(kind: str) -> Callable[..., Value]:
         elements: int,
         *_: Any,
     ) -> Value:
+        if program.calls != "host":
+            extents = fits, particles, elements
+            return _drawn_where_read(program, kind, key, origin, group, extents, node.dtype)
         array = program.array((fits, particles, elements), node.dtype)
         # Few elements and many particles: let the particles be neighbours, so that a vector
         # register holds one element of many particles and not one particle's few elements.
@@ -39,10 +48,41 @@ def _noise(kind: str) -> Callable[..., Value]:
         few = elements <= 256
         forms = f"{int(few)}, {int(few and step == 1)}, philox_{kind}<{array.ctype}>"
         call = f"philox_draw<{forms}>({names}, {shape});"
-        program.call([array], lambda: call, sources)
+        program.call([array], lambda: call, sources, array.size * (_ALONE if few else _TOGETHER))
         return of_array(array)
 
     return lowered
+
+
+# Rough operations of a draw, at which it is drawn once if several operations use it.
+_COST = 60
+
+
+def _drawn_where_read(
+    program: Program,
+    kind: str,
+    key: Value,
+    origin: Value,
+    group: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Value:
+    """Draws as a function of their place, for back ends with a thread for each element."""
+    sources = [program.rows(key), program.rows(origin)]
+    few = int(shape[2] <= 256)
+    integer = "int32_t" if math.prod(shape) < 1 << 31 else "int64_t"
+    start = (Index(),)
+
+    def load(indices: Indices, body: Body) -> Expr:
+        for array in sources:
+            body.read(array, start)  # so that it is known who is read
+        place = ", ".join(f"({integer})({index.text})" for index in indices)
+        names = ", ".join(array.name for array in sources)
+        text = f"fn::{kind}_at<{CTYPES[dtype]}, {few}>({names}, {group}, {place})"
+        axes = frozenset[Axis]().union(*(index.axes for index in indices))
+        return body.local(CTYPES[dtype], text, axes)
+
+    return Value(shape, dtype, load, _COST)
 
 
 def _subset(

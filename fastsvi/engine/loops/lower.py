@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,9 +51,12 @@ class Program:
     """Statements in order, and the arrays they read and write.
 
     Those of phase 1 are done ``rounds`` times, after those of phase 0 and before those of phase 2.
+    Large matrix products become calls: of a CPU's BLAS ("host"), of cuBLAS ("device"), or none do
+    ("loops").
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, products: str = "host") -> None:
+        self.calls = products
         self.statements: list[Statement] = []
         self.inputs: list[Array] = []
         self.constants: list[tuple[Array, torch.Tensor]] = []
@@ -69,6 +73,8 @@ class Program:
         for self._phase, nodes in enumerate(phases):
             for node in nodes:
                 self._values[node] = self._lower(node)
+        if not phases[1]:
+            self._phase = 0  # nothing keeps the outputs from being made along with the rest
         self.outputs = [self._output(self.value(node)) for node in graph.outputs]
 
     # ---- arrays and values
@@ -111,7 +117,8 @@ class Program:
         array = self._dense.get(key)
         if array is None:
             array = self._dense[key] = self.array(extents, dtype, "constant")
-            self.constants.append((array, tensor))
+            rows = [math.prod(extents[k + 1 :]) for k in range(len(extents))]
+            self.constants.append((array, tensor.detach().as_strided(extents, rows)))
         base = of_array(array)
         if dims == list(range(len(shape))):
             return base
@@ -213,11 +220,16 @@ class Program:
         self._phase = phase
 
     def call(
-        self, arrays: Sequence[Array], text: Callable[[], str], reads: Sequence[Array]
+        self,
+        arrays: Sequence[Array],
+        text: Callable[[], str],
+        reads: Sequence[Array],
+        work: float = 0.0,
     ) -> None:
         """Append a call that writes ``arrays``; ``text`` is made once all are laid out."""
         first, *also = arrays
         statement = Statement(first, (), nothing, lambda i: i, call=text, also=tuple(also))
+        statement.work = work
         statement.loads = {x: set() for x in reads}
         self.append(statement)
 

@@ -6,14 +6,18 @@ step. Longer pieces of code are added only if the program uses them.
 
 from __future__ import annotations
 
-from fastsvi.engine.loops import prelude_linear, prelude_noise
+from fastsvi.engine.loops import prelude_linear, prelude_noise, prelude_team
 
-_BASE = r"""
+# Texts that engine.cuda.prelude builds on as well are public.
+_BEGIN = r"""
 #include <math.h>
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#define FMA __builtin_fmaf
+"""
 
+STANDARD = r"""
 namespace fn {
 #define BOTH(name)                                       \
   INLINE float name(float x) { return ::name##f(x); }    \
@@ -31,17 +35,20 @@ INLINE double log1p(double x) { return ::log1p(x); }
 INLINE double exp_minus(double x) { return ::exp(x); }
 INLINE double log1p_unit(double x) { return ::log1p(x); }
 template <class T> INLINE T abs(T x) { return x < 0 ? -x : x; }
-INLINE float abs(float x) { return __builtin_fabsf(x); }
-INLINE double abs(double x) { return __builtin_fabs(x); }
+INLINE float abs(float x) { return ::fabsf(x); }
+INLINE double abs(double x) { return ::fabs(x); }
 template <class T> INLINE T floor(T x) { return x; }  // of integers
 template <class T> INLINE T trunc(T x) { return x; }
 template <class T> INLINE T ceil(T x) { return x; }
+}  // namespace fn
+"""
 
+_EXPONENTIALS = r"""
+namespace fn {
 #ifdef __FP_FAST_FMAF
 // exp and log in float32, to 2 ulp, written so that a loop over them becomes vector instructions
 // without a call. Polynomials: Cephes (S. Moshier). Multiplications and additions that must not be
 // reordered are explicit fused ones.
-#define FMA __builtin_fmaf
 INLINE float bits_float(int32_t x) { return __builtin_bit_cast(float, x); }
 INLINE int32_t float_bits(float x) { return __builtin_bit_cast(int32_t, x); }
 // exp(r) for r between -log(2) / 2 and log(2) / 2: pairs of terms at a time, for shorter chains of
@@ -71,6 +78,10 @@ INLINE float exp_minus(float x) {
   const float y = p * bits_float((int32_t)((uint32_t)float_bits(shifted) << 23)) * 0x1p-100f;
   return x < -104.0f ? 0.0f : y;  // NaN passes
 }
+"""
+
+# Of these, CUDA has none.
+NEAR_ONE = r"""
 // log(1 + t) + e log(2) for t between sqrt(1/2) - 1 and sqrt(2) - 1.
 INLINE float log_near(float t, float e) {
   const float z = t * t;
@@ -82,6 +93,18 @@ INLINE float log_near(float t, float e) {
   const float y = FMA(FMA(FMA(u, z, s), z, r), w, FMA(q, z, p));
   return FMA(e, 0.693359375f, FMA(e, -2.12194440e-4f, FMA(y, z, t)));
 }
+// Of x between 0 and 1: x + x^2 times a polynomial of least weighted error, 5e-9 of the result.
+INLINE float log1p_unit(float x) {
+  const float z = x * x, w = z * z;
+  const float low = FMA(FMA(1.969540010e-1f, x, -2.495858735e-1f), z,
+                        FMA(3.333051132e-1f, x, -4.999993276e-1f));
+  const float high = FMA(FMA(2.020456800e-2f, x, -5.766441464e-2f), z,
+                         FMA(1.068055276e-1f, x, -1.535539484e-1f));
+  return FMA(FMA(FMA(-3.318468539e-3f, w, high), w, low), z, x);
+}
+"""
+
+_LOGARITHMS = r"""
 INLINE float log(float x) {
   const bool small = x < 1.17549435e-38f;
   const float scaled = small ? x * 33554432.0f : x;
@@ -103,15 +126,6 @@ INLINE float log1p(float x) {
   z = x == -1 ? -INFINITY : z;
   return x < -1 ? NAN : z;
 }
-// Of x between 0 and 1: x + x^2 times a polynomial of least weighted error, 5e-9 of the result.
-INLINE float log1p_unit(float x) {
-  const float z = x * x, w = z * z;
-  const float low = FMA(FMA(1.969540010e-1f, x, -2.495858735e-1f), z,
-                        FMA(3.333051132e-1f, x, -4.999993276e-1f));
-  const float high = FMA(FMA(2.020456800e-2f, x, -5.766441464e-2f), z,
-                         FMA(1.068055276e-1f, x, -1.535539484e-1f));
-  return FMA(FMA(FMA(-3.318468539e-3f, w, high), w, low), z, x);
-}
 #else
 INLINE float exp(float x) { return ::expf(x); }
 INLINE float exp_minus(float x) { return ::expf(x); }
@@ -119,7 +133,11 @@ INLINE float log(float x) { return ::logf(x); }
 INLINE float log1p(float x) { return ::log1pf(x); }
 INLINE float log1p_unit(float x) { return ::log1pf(x); }
 #endif
+}  // namespace fn
+"""
 
+COMPARED = r"""
+namespace fn {
 // NaN wins, as in torch.
 template <class T> INLINE T larger(T a, T b) { return a > b || a != a ? a : b; }
 template <class T> INLINE T smaller(T a, T b) { return a < b || a != a ? a : b; }
@@ -138,6 +156,11 @@ INLINE float remainder(float a, float b) { return (float)remainder((double)a, (d
 INLINE int64_t divide_down(int64_t a, int64_t b) {
   return a / b - (a % b != 0 && (a % b < 0) != (b < 0));
 }
+}  // namespace fn
+"""
+
+_MEMORY = r"""
+namespace fn {
 template <class T> INLINE void fill(T* __restrict__ out, int64_t size, T value) {
   for (int64_t i = 0; i < size; ++i) out[i] = value;
 }
@@ -147,10 +170,16 @@ template <class T> INLINE void copy(const T* from, int64_t size, T* out) {
 }  // namespace fn
 """
 
+_BASE = _BEGIN + STANDARD + _EXPONENTIALS + NEAR_ONE + _LOGARITHMS + COMPARED + _MEMORY
+
 _GAMMA = r"""
 namespace fn {
 template <class T> INLINE T lgamma(T x) { int sign; return ::lgamma_r((double)x, &sign); }
+}  // namespace fn
+"""
 
+DIGAMMA = r"""
+namespace fn {
 // Recurrence up to 10, then the asymptotic series (Abramowitz and Stegun 6.3.18).
 template <class T> INLINE T digamma(T argument) {
   double x = argument, result = 0;
@@ -183,6 +212,12 @@ template <class T> INLINE T trigamma(T argument) {
 }  // namespace fn
 """
 
+ORDERED = r"""
+template <class T> INLINE bool running_before(T a, T b, bool descending) {  // NaN is the largest
+  return descending ? (a > b || (a != a && b == b)) : (a < b || (a == a && b != b));
+}
+"""
+
 # Along the middle one of three axes; sorting by merging, which keeps the order of equals.
 _RUNNING = r"""
 template <class T>
@@ -198,9 +233,6 @@ static void running_product(T* out, const T* x, int64_t outer, int64_t n, int64_
     for (int64_t k = 0; k < n; ++k)
       for (int64_t i = 0; i < inner; ++i)
         out[k * inner + i] = k ? out[(k - 1) * inner + i] * x[k * inner + i] : x[i];
-}
-template <class T> INLINE bool running_before(T a, T b, bool descending) {  // NaN is the largest
-  return descending ? (a > b || (a != a && b == b)) : (a < b || (a == a && b != b));
 }
 template <class T>
 static void running_sort(T* out, int64_t* places, const T* x, int64_t outer, int64_t n,
@@ -265,13 +297,16 @@ template <class T> INLINE T erfinv(T argument) {
 
 # Pieces of code, and the texts of which one in a program calls for them.
 _PIECES = [
-    (("gamma(",), _GAMMA),
+    (("gamma(",), _GAMMA + DIGAMMA),
     (("erfinv(",), _ERFINV),
-    (("running_",), _RUNNING),
+    (("running_",), ORDERED + _RUNNING),
     (("matrix_",), prelude_linear.PRODUCTS),
     (("linear_",), prelude_linear.FACTORIZATIONS),
     (("philox_", "subset_"), prelude_noise.NOISE),
     (("subset_",), prelude_noise.SUBSETS),
+    (("team_", "shared_"), prelude_team.TEAM),
+    (("shared_philox_",), prelude_team.DRAWS),
+    (("shared_matrix_",), prelude_team.PRODUCTS),
 ]
 
 

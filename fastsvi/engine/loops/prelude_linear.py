@@ -8,15 +8,24 @@ template <class T>
 using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const T*,
                       const T*, const int*, const T*, const int*, const T*, T*, const int*);
 INLINE int leading(int64_t stride, int64_t least) { return stride > least ? stride : least; }
+// While it lives, BLAS takes no threads of its own for what this one calls: those would go on
+// spinning on the cores that the loops need.
+struct matrix_alone {
+  int (*set)(int);
+  int before;
+  matrix_alone(void* address) : set((int (*)(int))address), before(set ? set(1) : 0) {}
+  ~matrix_alone() { if (set) set(before); }
+};
+// The rows of the result lie n apart, or as far as is said.
 template <class T>
 static void matrix_matrix(void* routine, int m, int n, int k, const T* a, int64_t am, int64_t ak,
-                          const T* b, int64_t bk, int64_t bn, T* out) {
+                          const T* b, int64_t bk, int64_t bn, T* out, int apart = 0) {
   const T one = 1, zero = 0;
   const bool a_rows = ak == 1 || k == 1, b_rows = bn == 1 || n == 1;
   const int lda = a_rows ? leading(am, k) : leading(ak, m);
-  const int ldb = b_rows ? leading(bk, n) : leading(bn, k);
+  const int ldb = b_rows ? leading(bk, n) : leading(bn, k), ldc = leading(apart, n);
   ((Gemm<T>)routine)(b_rows ? "N" : "T", a_rows ? "N" : "T", &n, &m, &k, &one, b, &ldb, a, &lda,
-                     &zero, out, &n);
+                     &zero, out, &ldc);
 }
 
 template <class T> struct matrix_lanes {

@@ -1,9 +1,9 @@
 """Philox and what is drawn from it, in C++: the words of fastsvi.kernels.philox."""
 
-# Element e of particle p of fit f goes to f * P * D + p * particle_stride + e * element_stride.
 # Written out round by round, and in 32-bit halves where a word becomes a float: compilers
-# vectorise this, and neither an inner loop of rounds nor a conversion of unsigned words.
-NOISE = r"""
+# vectorise this, and neither an inner loop of rounds nor a conversion of unsigned words. This and
+# MIXED serve engine.cuda.prelude_noise as well.
+WORDS = r"""
 #define ROUND(k0, k1)                                                             \
   {                                                                               \
     const uint64_t a = (uint64_t)x0 * 0xD2511F53u, b = (uint64_t)x2 * 0xCD9E8D57u; \
@@ -91,6 +91,10 @@ INLINE void philox_keys(const int64_t* key, uint32_t* s) {
   }
 }
 
+"""
+
+# Element e of particle p of fit f goes to f * P * D + p * particle_stride + e * element_stride.
+_DRAW = r"""
 // Of few elements, up to 256, each has a counter of its own and is in lane 0. By columns: particles
 // are neighbours in memory.
 template <bool few, bool columns, class Kind, class T>
@@ -146,14 +150,44 @@ static void philox_draw(T* __restrict__ out, const int64_t* key, const int64_t* 
 }
 """
 
+NOISE = WORDS + _DRAW
+
 # The subsets of fastsvi.kernels.subsample: sorted words, or a Feistel network on a grid of
 # rows * columns cells whose few points beyond the size walk on to the end of their cycle.
-SUBSETS = r"""
+MIXED = r"""
 INLINE uint32_t subset_hash(uint32_t w) {
   w = (w ^ (w >> 16)) * 0x7FEB352Du;
   w = (w ^ (w >> 15)) * 0x846CA68Bu;
   return w ^ (w >> 16);
 }
+INLINE void subset_keys(uint32_t* keys, const int64_t* key, const int64_t* origin, int64_t draw,
+                        int64_t fit) {
+  uint32_t s[20];
+  philox_keys(key, s);
+  for (uint32_t g = 0; g < 2; ++g) {
+    PHILOX(g, (uint32_t)origin[1], (uint32_t)(origin[2] + draw), (uint32_t)(origin[3] + fit))
+    keys[g] = x0, keys[2 + g] = x1, keys[4 + g] = x2, keys[6 + g] = x3;
+  }
+}
+INLINE int64_t subset_end(const uint32_t* keys, int64_t point, int64_t size, int64_t rows,
+                          int64_t columns) {
+  do {
+    uint64_t row = point / columns, column = point % columns;
+    for (int i = 0; i < 8; i += 2) {
+      row += ((uint64_t)subset_hash((uint32_t)column + keys[i]) * rows) >> 32;
+      row -= row >= (uint64_t)rows ? rows : 0;
+      column += ((uint64_t)subset_hash((uint32_t)row + keys[i + 1]) * columns) >> 32;
+      column -= column >= (uint64_t)columns ? columns : 0;
+    }
+    point = row * columns + column;
+  } while (point >= size);
+  return point;
+}
+"""
+
+SUBSETS = (
+    MIXED
+    + r"""
 static void subset_sorted(int64_t* out, const int64_t* key, const int64_t* origin, int64_t draw,
                           int64_t fits, int64_t size, int64_t count) {
   uint32_t s[20];
@@ -186,28 +220,12 @@ static void subset_sorted(int64_t* out, const int64_t* key, const int64_t* origi
 static void subset_walked(int64_t* out, const int64_t* key, const int64_t* origin, int64_t draw,
                           int64_t fits, int64_t size, int64_t count, int64_t rows,
                           int64_t columns) {
-  uint32_t s[20];
-  philox_keys(key, s);
   for (int64_t f = 0; f < fits; ++f) {
     uint32_t keys[8];
-    for (uint32_t g = 0; g < 2; ++g) {
-      PHILOX(g, (uint32_t)origin[1], (uint32_t)(origin[2] + draw), (uint32_t)(origin[3] + f))
-      keys[g] = x0, keys[2 + g] = x1, keys[4 + g] = x2, keys[6 + g] = x3;
-    }
-    for (int64_t k = 0; k < count; ++k) {
-      int64_t point = k;
-      do {
-        uint64_t row = point / columns, column = point % columns;
-        for (int i = 0; i < 8; i += 2) {
-          row += ((uint64_t)subset_hash((uint32_t)column + keys[i]) * rows) >> 32;
-          row -= row >= (uint64_t)rows ? rows : 0;
-          column += ((uint64_t)subset_hash((uint32_t)row + keys[i + 1]) * columns) >> 32;
-          column -= column >= (uint64_t)columns ? columns : 0;
-        }
-        point = row * columns + column;
-      } while (point >= size);
-      out[f * count + k] = point;
-    }
+    subset_keys(keys, key, origin, draw, f);
+    for (int64_t k = 0; k < count; ++k)
+      out[f * count + k] = subset_end(keys, k, size, rows, columns);
   }
 }
 """
+)

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 # Products of fewer multiplications are done faster in place than by a call.
 WORTH_A_CALL = 4096
+# On a GPU a product costs a launch of its own, and one with few rows, columns or terms is bound by
+# what it reads: loops do that as fast.
+WORTH_A_LAUNCH = 1 << 18
+_THIN = 4
 # BLAS computes tiles of a result, of about this many elements along the axis whose elements are
 # neighbours in memory and this many along the other. Tiles that stick out are computed whole.
 _TILE = 16, 4
@@ -38,6 +42,8 @@ _TILE = 16, 4
 _NARROW = 64
 # Where a program keeps its calls, by the array that they write.
 PRODUCTS = "products"
+# Where it keeps the factors of those that cuBLAS computes, likewise.
+LAUNCHED = "launched products"
 # Registers of 32 bytes that a routine may take to hold a row.
 _REGISTERS = 8
 
@@ -46,8 +52,12 @@ def _product(program: Program, node: Node, a: Value, b: Value, names: str) -> Va
     """Sum of products in index notation, such as ``mk,kn,mn``."""
     left, right, out = names.split(",")
     extent = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
-    if math.prod(extent.values()) >= WORTH_A_CALL and a.dtype in blas.ROUTINES:
+    work = math.prod(extent.values())
+    if program.calls == "host" and work >= WORTH_A_CALL and a.dtype in blas.ROUTINES:
         return _call(program, node, a, b)
+    is_large = program.calls == "device" and work >= WORTH_A_LAUNCH and a.dtype.is_floating_point
+    if is_large and (_is_stacked(a, b) or not _is_thin(extent)):
+        return _launched(program, node, a, b)
     a = a if a.cost == 0 else program.store(a)
     b = b if b.cost == 0 else program.store(b)
     letters = out + "".join(x for x in left if x not in out)
@@ -137,9 +147,34 @@ def _call(program: Program, node: Node, a: Value, b: Value) -> Value:
     if len(node.shape) == 2 and 1 not in node.shape and _is_better_turned(*node.shape):
         array.order = (1, 0)
     statement = Statement(array, (), nothing, lambda i: i, call=_text(array, a, b))
-    statement.loads = {_known(x).array: set() for x in (a, b)}
+    statement.loads = {place_of(x).array: set() for x in (a, b)}
+    statement.work = float(math.prod(node.shape) * a.shape[-1])
     program.append(statement)
     program.shared.setdefault(PRODUCTS, {})[array] = statement
+    return of_array(array)
+
+
+def _is_thin(extent: dict[str, int]) -> bool:
+    """Whether a product has few rows, columns or terms."""
+    return min(extent.get(x, 1) for x in "mkn") <= _THIN
+
+
+def _is_stacked(a: Value, b: Value) -> bool:
+    """Whether a batch of vectors meets one matrix: loops would read it once for each of them."""
+    if len(a.shape) != 3 or a.shape[0] == 1:
+        return False
+    matrix = _place(b) if a.shape[1] == 1 else _place(a) if b.shape[2] == 1 else None
+    return matrix is not None and matrix.strides[0] == 0
+
+
+def _launched(program: Program, node: Node, a: Value, b: Value) -> Value:
+    """A product by cuBLAS, whose factors are found once the arrays are laid out."""
+    a, b = _factor(program, a), _factor(program, b)
+    array = program.blank(node.shape, node.dtype)
+    statement = Statement(array, (), nothing, lambda i: i, call=lambda: "")
+    statement.loads = {place_of(x).array: set() for x in (a, b)}
+    program.append(statement)
+    program.shared.setdefault(LAUNCHED, {})[array] = a, b
     return of_array(array)
 
 
@@ -153,7 +188,8 @@ def _is_better_turned(rows: int, columns: int) -> bool:
     return turned < natural or (turned == natural and columns < min(_NARROW, rows))
 
 
-def _known(x: Value) -> Place:
+def place_of(x: Value) -> Place:
+    """Place of a factor that a call reads."""
     place = _place(x)
     if place is None:
         raise ValueError(f"a factor of shape {x.shape} has no place in memory")
@@ -178,7 +214,7 @@ def _text(out: Array, a: Value, b: Value) -> Callable[[], str]:
     """C++ for ``out = a @ b``; made when the arrays have been laid out."""
 
     def write() -> str:
-        left, right, result = _known(a), _known(b), _known(of_array(out))
+        left, right, result = place_of(a), place_of(b), place_of(of_array(out))
         x, y = (f"({place.array.name} + {place.start})" for place in (left, right))
         if len(b.shape) == 1:
             matrix = _Matrix(x, *a.shape, *left.strides)

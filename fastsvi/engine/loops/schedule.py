@@ -187,8 +187,9 @@ def _cost(nest: Nest, inner: Axis) -> float:
             memory += 0.0 if reduced else 2.0
         elif statement.array.order is not None:
             memory += _reach(statement.array, offset.stride(inner))
-    lanes = min(_VECTOR, inner.extent)
-    return memory / (1 if lanes == 1 else lanes) + work / lanes + _VECTOR / inner.extent
+    extent = max(1, inner.extent)  # a loop over nothing has an extent of 0
+    lanes = min(_VECTOR, extent)
+    return memory / (1 if lanes == 1 else lanes) + work / lanes + _VECTOR / extent
 
 
 def _reach(array: Array, stride: int | None) -> float:

@@ -28,6 +28,7 @@ from fastsvi.infer.memory import is_out_of_memory
 from fastsvi.infer.util import checking
 from fastsvi.poutine import Messenger
 from fastsvi.poutine.runtime import PARAM_STORE
+from fastsvi.poutine.subsample_messenger import MANY, stand_in
 from fastsvi.poutine.util import site_is_subsample
 
 if TYPE_CHECKING:
@@ -101,6 +102,16 @@ class _SharedByParticles(Messenger):
             raise _RunAhead("parameter", msg.name)
 
 
+class _WithoutIndices(Messenger):
+    """Keeps large plates that show everything from noting that: it takes more than a parameter."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg.value is None and not msg.done:
+            plate = msg.fn
+            if plate.subsample_size == plate.size >= MANY:
+                msg.value = stand_in(plate.size, plate.device)
+
+
 def rehearse(
     elbo: ELBO, program: Program, args: Any, kwargs: Any, *, check: bool
 ) -> Sequence[Tensor]:
@@ -116,6 +127,7 @@ def rehearse(
         torch.random.fork_rng(devices, enabled=check and program.rehearsed),
         torch.no_grad(),
         poutine.block(),
+        _WithoutIndices(),
         checking(check),
     ):
         model_trace, guide_trace = elbo._get_trace(program.model, program.guide, args, kwargs)

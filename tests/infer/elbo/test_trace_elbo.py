@@ -463,3 +463,24 @@ class TestInterface:
         elbo = Trace_ELBO(num_particles=2)
         with pytest.raises(RuntimeError, match="second time"):
             elbo.loss_and_grads(model, guide)
+
+
+@pytest.mark.parametrize("size", [10, 1 << 16])
+def test_the_run_that_makes_the_parameters_sees_the_indices(size):
+    """Large plates do not note them at their site then, where nobody looks."""
+    data, seen = torch.linspace(-1.0, 1.0, size), []
+
+    def program(observed):
+        loc = fastsvi.param("loc", torch.zeros(()))
+        with fastsvi.plate("data", size) as i:
+            seen.append(i.clone())
+            z = fastsvi.sample("z", dist.Normal(loc, 1.0))
+            if observed:
+                fastsvi.sample("y", dist.Normal(z, 1.0), obs=data[i])
+
+    svi = fastsvi.infer.SVI(
+        lambda: program(True), lambda: program(False), fastsvi.optim.SGD({"lr": 0.0}), Trace_ELBO()
+    )
+    assert svi._rehearse((), {})
+    assert len(seen) == 2
+    assert all(torch.equal(i, torch.arange(size)) for i in seen)
