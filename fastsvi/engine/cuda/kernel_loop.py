@@ -94,7 +94,9 @@ class KernelLoop(GraphLoop):
                 base = _flat(arena, dtype)
             else:
                 base = _flat((inputs if place.of == "input" else constants)[place.number], dtype)
-            return base.as_strided(place.shape, place.strides, place.offset)
+            # Counted from the beginning of the storage, of which an input may be a part.
+            start = base.storage_offset() + place.offset
+            return base.as_strided(place.shape, place.strides, start)
 
         def launcher(launch: Launch | Product, number: int) -> Callable[[], object]:
             if isinstance(launch, Product):

@@ -6,6 +6,7 @@ gives machine code for one architecture.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ctypes.util
 import hashlib
@@ -22,7 +23,9 @@ import torch
 from fastsvi.engine.loops.build import cache_folder
 from fastsvi.errors import CaptureError
 
-_OPTIONS = ["--std=c++17"]
+# Division to 2 ulp and square roots to 1, in float32, over the full range: the slow paths for the
+# last half ulp are a third of a small step's code. Subnormals and division by 0 are as ever.
+_OPTIONS = ["--std=c++17", "--prec-div=false", "--prec-sqrt=false"]
 
 Capability = tuple[int, int]  # of a device: (9, 0)
 
@@ -46,6 +49,8 @@ def library() -> ctypes.CDLL:
     """
     tried = list(dict.fromkeys(_candidates()))
     for name in tried:
+        if os.path.isabs(name):
+            _load_builtins(Path(name).parent)
         try:
             return ctypes.CDLL(name)
         except OSError:
@@ -54,6 +59,14 @@ def library() -> ctypes.CDLL:
         "NVRTC, which compiles steps for CUDA, was not found; torch's builds for CUDA bring it. "
         f"Tried {tried}"
     )
+
+
+def _load_builtins(folder: Path) -> None:
+    """Load what NVRTC opens by name when it compiles: the wheel's is on nobody's search path."""
+    for path in sorted(folder.glob("libnvrtc-builtins.so*")):
+        if ".alt." not in path.name:
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
 
 
 def _candidates() -> Iterator[str]:
