@@ -162,7 +162,8 @@ class SVI:
         What steps give does not depend on ``compile``, up to rounding. Where the optimizer is a
         flat one (``Adam``, ``AdamW``, ``ClippedAdam``) and nothing in the program depends on the
         values of tensors, they are recorded: on a CPU they become native code, on a GPU
-        generated kernels or a CUDA graph. Other programs are run eagerly, and ``obstacle`` of the result says why.
+        generated kernels or a CUDA graph. Other programs are run eagerly, and ``obstacle`` of the
+        result says why.
 
         All noise that the program draws, and the subsets of its plates, come from the seed and the
         number of the step, so a run is repeatable and does not depend on what else draws from
