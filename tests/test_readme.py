@@ -90,7 +90,8 @@ def test_commands_name_what_exists():
     modules = re.findall(r"python -m fastsvi\.examples\.(\w+)", README)
     assert "breast_cancer" in modules
     assert set(modules) <= set(EXAMPLES)
-    assert "python -m pytest" in README
+    (test,) = re.findall(r"&& (python -m pytest[^#\n]*)", README)
+    assert test.strip() in (ROOT / ".ci" / "run").read_text()
 
 
 def test_files_it_links_to_exist():

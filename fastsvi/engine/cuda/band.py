@@ -19,9 +19,7 @@ from fastsvi.engine.loops.ir import Array
 # Shorter axes are not worth it; a block should have many bands, and a band fit in a cache.
 _SHORTEST = 1 << 15
 _CACHE = 26 << 10
-_BLOCKS = (
-    1056  # eight for each multiprocessor of a large GPU; part of no result but of its rounding
-)
+_BLOCKS = 1056  # eight for each multiprocessor of a large GPU; results round by their number
 _FEWEST, _MOST = 16, 256  # rows of a band
 
 
