@@ -341,10 +341,11 @@ def put(readme: str, section: str) -> str:
 
 
 def stem(file: str, document: dict[str, Any]) -> str:
-    """First part of the names of a document's pictures: ``cpu``, or the GPU's name."""
+    """First part of the names of a document's pictures: ``cpu``, or the GPU's name; and threads."""
     about = document.get("machine", document)
     gpu = about.get("gpu") or (about.get("device") if "driver" in about else None)
-    return short_name(gpu) if gpu else "cpu"
+    threads = document.get("settings", {}).get("threads") or 1
+    return (short_name(gpu) if gpu else "cpu") + (f"-{threads}-threads" if threads > 1 else "")
 
 
 def main(arguments: list[str] | None = None) -> int:
