@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from fastsvi.engine.graph import Graph
 from fastsvi.engine.loops import blas, build, team
 from fastsvi.engine.loops.emit import emit
 from fastsvi.engine.loops.lower import Program
 from fastsvi.engine.loops.memory import ALIGNMENT
 from fastsvi.engine.loops.prelude_team import TEAM
 from fastsvi.engine.loops.schedule import schedule
+from fastsvi.engine.pure import Step, check_states, distinct
 from fastsvi.engine.record import Aliases, record
 from fastsvi.errors import CaptureError
-
-Step = Callable[..., Sequence[Tensor]]
 
 
 class NativeStep:
@@ -72,8 +70,8 @@ class NativeStep:
                     f"argument {position} of a native step must be a contiguous CPU tensor, found "
                     f"shape {tuple(tensor.shape)}, strides {tensor.stride()} on {tensor.device}"
                 )
-        self.graph = graph = record(step, _distinct(self._tensors), aliases)
-        self._check(graph)
+        self.graph = graph = record(step, distinct(self._tensors), aliases)
+        check_states(graph, self._state)
         program = Program(graph)
         plan = schedule(program, len(state))
         self.source, size = emit(program, plan, len(state))
@@ -86,19 +84,6 @@ class NativeStep:
         self._loss = graph.outputs[-2]
         self._is_divided = TEAM in self.source
         self._library: ctypes.CDLL | None = None
-
-    def _check(self, graph: Graph) -> None:
-        if len(graph.outputs) != len(self._state) + 2:
-            raise CaptureError(
-                f"a step must return its {len(self._state)} states, a loss and whether to halt, "
-                f"found {len(graph.outputs)} tensors"
-            )
-        for position, (old, new) in enumerate(zip(self._state, graph.outputs, strict=False)):
-            if new.shape != tuple(old.shape) or new.dtype != old.dtype:
-                raise CaptureError(
-                    f"state {position} was {tuple(old.shape)}, {old.dtype} before the step and "
-                    f"{new.shape}, {new.dtype} after it"
-                )
 
     @property
     def is_built(self) -> bool:
@@ -206,12 +191,6 @@ class NativeStep:
                     f"compiled, found {tuple(found)}, {new.dtype}, strides {new.stride()} on "
                     f"{new.device}; record the step anew"
                 )
-
-
-def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, each given twice as an object of its own: a recording tells them apart by it."""
-    known: dict[int, Tensor] = {}
-    return [known.setdefault(id(x), x) if id(x) not in known else x.detach() for x in tensors]
 
 
 _NEVER = ctypes.c_int(0)  # a run that nobody stops

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastsvi.engine.cuda.passes import WARP, Part, Pass, Placed
-from fastsvi.engine.cuda.sums import digits, start_of
+from fastsvi.engine.cuda.sums import digits
 from fastsvi.engine.cuda.write import Inside, Writer, placed_lines
+from fastsvi.engine.loops.combine import start_of
 from fastsvi.engine.loops.index import Axis, Index
 from fastsvi.engine.loops.ir import Array
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -14,11 +14,10 @@ from fastsvi.engine.graph import Graph
 from fastsvi.engine.graph_loop import Pace, to_device
 from fastsvi.engine.loops.lower import Program
 from fastsvi.engine.loops.schedule import schedule
+from fastsvi.engine.pure import Step, check_states, distinct
 from fastsvi.engine.record import Aliases, record
 from fastsvi.errors import CaptureError
 from fastsvi.kernels import dispatch
-
-Step = Callable[..., Sequence[Tensor]]
 
 # Working memory of all blocks of a launch; more fits are taken in turns.
 _MOST_MEMORY = 256 << 20
@@ -30,27 +29,14 @@ def recorded(step: Step, tensors: Sequence[Tensor], aliases: Aliases = ()) -> Gr
         return record(step, distinct(tensors), aliases)
 
 
-def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, each given twice as an object of its own: a recording tells them apart by it."""
-    found: list[Tensor] = []
-    for tensor in tensors:
-        known = any(tensor is other for other in found)
-        found.append(tensor.detach() if known else tensor)
-    return found
-
-
 def check_form(graph: Graph, state: Sequence[Tensor]) -> None:
-    """Raise an error if a step does not return states like those that it is given."""
-    if len(graph.outputs) != len(state) + 2:
-        raise CaptureError(
-            f"a step must return its {len(state)} states, a loss and whether to halt, found "
-            f"{len(graph.outputs)} tensors"
-        )
-    for position, (old, new) in enumerate(zip(state, graph.outputs, strict=False)):
-        if new.shape != tuple(old.shape) or new.dtype != old.dtype or not old.is_contiguous():
+    """Raise an error if new states cannot be written over the old ones."""
+    check_states(graph, state)
+    for position, tensor in enumerate(state):
+        if not tensor.is_contiguous():
             raise CaptureError(
-                f"state {position} was {tuple(old.shape)}, {old.dtype}, strides {old.stride()} "
-                f"before the step and {new.shape}, {new.dtype}, contiguous after it"
+                f"state {position} of a step must be contiguous, found strides {tensor.stride()} "
+                f"of shape {tuple(tensor.shape)}"
             )
 
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from fastsvi.engine.cuda import driver
-from fastsvi.engine.cuda.block_step import Step, check_form, recorded
+from fastsvi.engine.cuda.block_step import check_form, recorded
 from fastsvi.engine.cuda.emit import KernelSource, Launch, Place, Product, emit_kernels
 from fastsvi.engine.graph import Graph
 from fastsvi.engine.graph_loop import Capture, GraphLoop, to_device
 from fastsvi.engine.loops.lower import Program
 from fastsvi.engine.loops.schedule import schedule
+from fastsvi.engine.pure import Step
 from fastsvi.engine.record import Aliases
 from fastsvi.errors import CaptureError
 

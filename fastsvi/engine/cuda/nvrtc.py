@@ -23,8 +23,8 @@ import torch
 from fastsvi.engine.loops.build import cache_folder
 from fastsvi.errors import CaptureError
 
-# Division to 2 ulp and square roots to 1, in float32, over the full range: the slow paths for the
-# last half ulp are a third of a small step's code. Subnormals and division by 0 are as ever.
+# Division to 2 ulp and square roots to 1, in float32, over the full range, without the slow paths
+# for the last half ulp. Subnormals and division by 0 are as ever.
 _OPTIONS = ["--std=c++17", "--prec-div=false", "--prec-sqrt=false"]
 
 Capability = tuple[int, int]  # of a device: (9, 0)

@@ -57,13 +57,7 @@ def find_pieces(program: Program, plan: Schedule) -> dict[Array, Pieces]:
     if plan.loop:
         return {}
     place = {s: k for k, nest in enumerate(plan.nests) for s in nest.statements}
-    writers: dict[Array, list[Statement]] = {}
-    readers: dict[Array, list[Statement]] = {}
-    for statement in program.statements:
-        for array in (statement.array, *statement.also):
-            writers.setdefault(array, []).append(statement)
-        for array in statement.loads:
-            readers.setdefault(array, []).append(statement)
+    writers, readers = program.uses()
     found: dict[Array, Pieces] = {}
     for array, those in writers.items():
         if array.size < _SMALLEST or array in program.outputs or len(those) < 2:

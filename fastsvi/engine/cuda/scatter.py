@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastsvi.engine.cuda.passes import WARP, Pass, Threads, count
-from fastsvi.engine.cuda.sums import JOIN, digits, index_type, sum_over_lanes
+from fastsvi.engine.cuda.sums import digits, index_type, sum_over_lanes
 from fastsvi.engine.cuda.write import Writer
+from fastsvi.engine.loops.combine import JOIN
 from fastsvi.engine.loops.index import Axis, Index, Opaque
 from fastsvi.engine.loops.ir import Array, Indices, Statement
 from fastsvi.errors import CaptureError

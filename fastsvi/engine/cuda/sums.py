@@ -9,21 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from fastsvi.engine.cuda.passes import Placed
+from fastsvi.engine.loops.combine import JOIN, start_of
 from fastsvi.engine.loops.index import Axis
 from fastsvi.engine.loops.ir import Expr, Statement
-from fastsvi.engine.loops.pointwise import number
 
 # A thread that adds up more float32 terms than this does so in float64.
 _LONG = 256
 _MANY = (1 << 31) - (1 << 22)  # what 32 bits count, and a team more
 
-JOIN = {
-    "+": "{0} + {1}",
-    "*": "{0} * {1}",
-    "max": "fn::larger({0}, {1})",
-    "min": "fn::smaller({0}, {1})",
-    "put": "{1}",
-}
 LANES = {
     "+": "lanes_sum",
     "*": "lanes_product",
@@ -76,20 +69,6 @@ class Sum:
 def sum_over_lanes(name: str, lanes: int, combine: str = "+") -> str:
     """Have all of so many neighbouring lanes hold the sum over them."""
     return f"{name} = fn::{LANES[combine]}<{lanes}>({name});"
-
-
-def start_of(statement: Statement) -> str:
-    """What an accumulation starts from."""
-    kind, dtype = statement.array.ctype, statement.array.dtype
-    if statement.combine in ("+", "*"):
-        return f"({kind}){0 if statement.combine == '+' else 1}"
-    least = statement.combine == "max"
-    if dtype.is_floating_point:
-        return f"({kind}){'-' if least else ''}INFINITY"
-    if dtype == torch.bool:
-        return number(not least, dtype)
-    info = torch.iinfo(dtype)
-    return f"({kind}){number(info.min if least else info.max, dtype)}"
 
 
 def digits(name: str, axes: Sequence[Axis], integer: str) -> list[str]:

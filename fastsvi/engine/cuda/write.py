@@ -19,7 +19,8 @@ from fastsvi.engine.cuda.passes import (
     shape_of,
 )
 from fastsvi.engine.cuda.pieces import Pieces
-from fastsvi.engine.cuda.sums import Sum, digits, index_type, joined, start_of
+from fastsvi.engine.cuda.sums import Sum, digits, index_type, joined
+from fastsvi.engine.loops.combine import start_of
 from fastsvi.engine.loops.index import Axis
 from fastsvi.engine.loops.ir import Array, Statement
 from fastsvi.engine.loops.lower import Program

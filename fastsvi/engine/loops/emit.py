@@ -7,26 +7,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from fastsvi.engine.loops import blas, divide, memory
+from fastsvi.engine.loops.combine import JOIN, start_of
 from fastsvi.engine.loops.index import Axis, of_axis
 from fastsvi.engine.loops.ir import Array, Body, Expr, Indices, Statement
 from fastsvi.engine.loops.lower import Program
-from fastsvi.engine.loops.pointwise import number
 from fastsvi.engine.loops.prelude import prelude_for
 from fastsvi.engine.loops.schedule import Nest, Schedule
 
 # A float32 sum runs over this many terms before it is added to a float64 total.
 _BLOCK = 256
-
-_JOIN = {
-    "+": "{0} + {1}",
-    "*": "{0} * {1}",
-    "max": "fn::larger({0}, {1})",
-    "min": "fn::smaller({0}, {1})",
-    "put": "{1}",
-}
 
 # As ``run``, for many fits one after the other: a row of inputs and a row of losses for each.
 _RUN_MANY = """
@@ -177,8 +167,8 @@ def _divided(name: str, used: list[Array], nest: _Written, offset: int) -> tuple
     for x in nest.sums:
         array, combine = x.array, x.statement.combine or "+"
         is_long = combine == "+" and array.ctype == "float"
-        begin = _start(x.statement) if x.statement.fresh else f"{array.name}[i]"
-        joined = _JOIN[combine].format("sum", f"{x.name}[i + part * {x.apart}]")
+        begin = start_of(x.statement) if x.statement.fresh else f"{array.name}[i]"
+        joined = JOIN[combine].format("sum", f"{x.name}[i + part * {x.apart}]")
         lines += [
             f"for (int64_t i = 0; i < {array.size}; ++i) {{",
             f"{'double' if is_long else array.ctype} sum = {begin};",
@@ -231,15 +221,15 @@ def _nest(nest: Nest, plan: Schedule) -> _Written:
             fresh = statement.fresh or is_apart
             sums.append((statement, value, target, complete and fresh))
         else:
-            stores.append(f"{target} = {_JOIN[statement.combine].format(target, value.text)};")
+            stores.append(f"{target} = {JOIN[statement.combine].format(target, value.text)};")
         if complete or not (statement.fresh or is_apart):
             continue
         if is_apart or cut is None:
-            fills.append(f"fn::fill({name}, {statement.array.size}, {_start(statement)});")
+            fills.append(f"fn::fill({name}, {statement.array.size}, {start_of(statement)});")
         else:  # the part's own piece
             kept = [axis for axis in order if axis not in gone[statement]]
             loops = " ".join(_for(axis, *bounds.get(axis, ())) for axis in kept)
-            fills.append(f"{loops} {target} = {_start(statement)};")
+            fills.append(f"{loops} {target} = {start_of(statement)};")
     lines = ["{", *(cut.lines if cut else []), *fills, *at[0]]
     for position, axis in enumerate(order[:-1]):
         lines += [_loop(axis, *bounds.get(axis, ())), *at[position + 1]]
@@ -276,20 +266,6 @@ def _work(order: tuple[Axis, ...], at: list[list[str]], stores: int) -> float:
     return lines + stores * trips[-1]
 
 
-def _start(statement: Statement) -> str:
-    """What an accumulation starts from."""
-    kind, dtype = statement.array.ctype, statement.array.dtype
-    if statement.combine in ("+", "*"):
-        return f"({kind}){0 if statement.combine == '+' else 1}"
-    least = statement.combine == "max"
-    if dtype.is_floating_point:
-        return f"({kind}){'-' if least else ''}INFINITY"
-    if dtype == torch.bool:
-        return number(not least, dtype)
-    info = torch.iinfo(dtype)
-    return f"({kind}){number(info.min if least else info.max, dtype)}"
-
-
 def _for(axis: Axis, start: str = "0", end: str | None = None) -> str:
     name = axis.name
     return f"for (int64_t {name} = {start}; {name} < {end or axis.extent}; ++{name})"
@@ -311,11 +287,11 @@ def _innermost(
     pragma, before, after = "#pragma omp simd", [], []
     for k, (statement, value, target, complete) in enumerate(sums):
         kind, combine = statement.array.ctype, statement.combine or "+"
-        before.append(f"{kind} sum{k} = {_start(statement)};")
-        body = [*body, f"sum{k} = {_JOIN[combine].format(f'sum{k}', value.text)};"]
+        before.append(f"{kind} sum{k} = {start_of(statement)};")
+        body = [*body, f"sum{k} = {JOIN[combine].format(f'sum{k}', value.text)};"]
         if combine in ("+", "*"):
             pragma += f" reduction({combine}:sum{k})"
-        result = f"sum{k}" if complete else _JOIN[combine].format(target, f"sum{k}")
+        result = f"sum{k}" if complete else JOIN[combine].format(target, f"sum{k}")
         after.append((f"{target} = {result};", combine, k))
     if any(statement.combine not in ("+", "*") for statement, *_ in sums) or scattered:
         pragma = ""  # a maximum written as a comparison is vectorised without being told

@@ -213,6 +213,17 @@ class Program:
         statement.phase = self._phase
         self.statements.append(statement)
 
+    def uses(self) -> tuple[dict[Array, list[Statement]], dict[Array, list[Statement]]]:
+        """The statements that write each array, and those that read it."""
+        writers: dict[Array, list[Statement]] = {}
+        readers: dict[Array, list[Statement]] = {}
+        for statement in self.statements:
+            for array in (statement.array, *statement.also):
+                writers.setdefault(array, []).append(statement)
+            for array in statement.loads:
+                readers.setdefault(array, []).append(statement)
+        return writers, readers
+
     def before(self, make: Callable[[], None]) -> None:
         """Have ``make`` append statements that come before the loop over rounds."""
         phase, self._phase = self._phase, 0

@@ -1,8 +1,8 @@
 """A team of threads, in C++, and what the threads of a step divide among them.
 
 Why threads of our own: OpenMP waits at the end of a region for every thread of it, also for those
-that have yet to wake up or to be given a core when all work is done; a step of 0.75 ms took 28 that
-way beside another busy process. macOS has no OpenMP. And where products of BLAS and our loops
+that have yet to wake up or to be given a core when all work is done; beside another busy process a
+step then takes many times as long. macOS has no OpenMP. And where products of BLAS and our loops
 alternate, two teams would keep spinning on the same cores. Here a thread that comes late finds its
 share taken: the one that called waits for what is being worked on, and for nothing else.
 """

@@ -112,13 +112,7 @@ def _recompute(
     program: Program, nests: list[Nest], place: dict[Statement, int], outputs: set[Array]
 ) -> dict[Array, Statement]:
     """Arrays that are computed again wherever they are read, because that moves less memory."""
-    writers: dict[Array, list[Statement]] = {}
-    readers: dict[Array, list[Statement]] = {}
-    for statement in program.statements:
-        for array in (statement.array, *statement.also):
-            writers.setdefault(array, []).append(statement)
-        for array in statement.loads:
-            readers.setdefault(array, []).append(statement)
+    writers, readers = program.uses()
     recomputed: dict[Array, Statement] = {}
     for array, (first, *more) in writers.items():
         reading = readers.get(array, [])

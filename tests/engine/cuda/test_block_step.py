@@ -124,6 +124,13 @@ def test_a_step_must_return_states_like_those_it_is_given(simulated, kind, step,
         kind(step, [torch.zeros(3)])
 
 
+@pytest.mark.parametrize("kind", [BlockStep, KernelLoop])
+def test_a_state_must_be_contiguous(simulated, kind):
+    step = lambda x: (x + 1, x.sum(), x.isnan().any())  # noqa: E731
+    with pytest.raises(CaptureError, match=r"state 0 of a step must be contiguous.*\(1, 2\)"):
+        kind(step, [torch.zeros(3, 2).T])
+
+
 def test_memory_outside_of_the_block(simulated, monkeypatch):
     monkeypatch.setattr(driver, "most_shared_bytes", lambda device: 0)
     step = BlockStep(averaged, *tensors())
