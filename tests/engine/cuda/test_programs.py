@@ -199,7 +199,7 @@ def test_steps_equal_those_of_native_loops(prepared, simulated):
 
 @pytest.fixture(scope="module")
 def compiler():
-    """NVRTC, which needs no GPU; torch's builds for CUDA bring it."""
+    """NVRTC, which needs no GPU: a wheel of its own, or in torch's builds for CUDA."""
     try:
         return nvrtc.library()
     except CaptureError as error:
